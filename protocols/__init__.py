@@ -1,0 +1,1 @@
+"""What goes over the wire. Sans-IO: no trio, no sockets, no files, no clock, no global random."""
