@@ -222,10 +222,10 @@ def _tree(name: str, leaves: list[list[Any]], blocks: dict[CID, bytes]) -> dict[
     """`{name: items}` if one leaf holds them all, else `{"tree": [[link, items below], ...]}` over a balanced tree."""
     if len(leaves) <= 1:
         return {name: leaves[0] if leaves else []}
-    level = [[_put({name: leaf}, blocks), len(leaf)] for leaf in leaves]
+    level: list[tuple[CID, int]] = [(_put({name: leaf}, blocks), len(leaf)) for leaf in leaves]
     while len(level) > FANOUT:
         groups = [level[i : i + FANOUT] for i in range(0, len(level), FANOUT)]
-        level = [[_put({"tree": group}, blocks), sum(count for _, count in group)] for group in groups]
+        level = [(_put({"tree": group}, blocks), sum(count for _, count in group)) for group in groups]
     return {"tree": level}
 
 
@@ -269,7 +269,7 @@ def _check_attributes(attributes: Mapping[str, Any], objects: int) -> None:
     if len(attributes) > 64:
         raise ManifestError("more than 64 attributes")
     for value in attributes.values():
-        if not isinstance(value, str | int | bytes) or (not isinstance(value, int) and len(value) > 4096):
+        if not isinstance(value, str | int | bytes) or (isinstance(value, str | bytes) and len(value) > 4096):
             raise ManifestError("an attribute that is not a number, a text or bytes of up to 4096")
     root = attributes.get("root", 0)
     if isinstance(root, bool) or not isinstance(root, int) or not 0 <= root < objects:

@@ -1,0 +1,144 @@
+"""Which chunk of one download to ask a peer for next.
+
+Random until four chunks are there, then rarest first with ties at random (Cohen 2003, "Incentives build robustness in
+BitTorrent", section 2.4; libtorrent's piece_picker keeps the same buckets by availability), or in order for somebody
+who is reading. Chunks are numbered in the image's order; what a peer has is a bit field (most significant bit first).
+"""
+
+from __future__ import annotations
+
+import enum
+from array import array
+from collections.abc import Callable, Iterable, Iterator
+from typing import Protocol
+
+RANDOM_FIRST = 4  # libtorrent's initial_picker_threshold
+
+
+class Random(Protocol):
+    """The part of `random.Random` used here; given by the caller so that simulations repeat."""
+
+    def random(self) -> float: ...
+
+
+class Order(enum.Enum):
+    RAREST = "rarest"
+    SEQUENTIAL = "sequential"
+
+
+Has = Callable[[int], bool]
+
+
+def bit_test(bits: bytes | bytearray | None) -> Has:
+    """Whether a bit field has a number; None is a field of ones."""
+    if bits is None:
+        return lambda index: True
+    return lambda index: bool(bits[index >> 3] & (0x80 >> (index & 7)))
+
+
+class Picker:
+    """The chunks of a download that are neither here nor asked for, in buckets by how many peers have them.
+
+    `take` removes a chunk from the buckets, `put_back` returns it (its request failed). All operations but a scan
+    past chunks the peer lacks are O(1).
+    """
+
+    def __init__(self, count: int, wanted: Iterable[int], rng: Random, order: Order = Order.RAREST) -> None:
+        self.order = order
+        self.taken = 0
+        self._rng = rng
+        self._availability = array("H", bytes(2 * count))
+        self._buckets: list[list[int]] = [[]]
+        self._place = array("l", [-1]) * count  # position within its bucket, -1: not in one
+        self._cursor = 0
+        self._count = 0
+        for index in wanted:
+            self._insert(index)
+
+    def __len__(self) -> int:
+        """Chunks that may be picked."""
+        return self._count
+
+    def __contains__(self, index: int) -> bool:
+        return self._place[index] >= 0
+
+    def __iter__(self) -> Iterator[int]:
+        for bucket in self._buckets:
+            yield from bucket
+
+    def availability(self, index: int) -> int:
+        """Peers known to have the chunk, those that have everything not counted."""
+        return self._availability[index]
+
+    def _insert(self, index: int) -> None:
+        level = self._availability[index]
+        while len(self._buckets) <= level:
+            self._buckets.append([])
+        bucket = self._buckets[level]
+        self._place[index] = len(bucket)
+        bucket.append(index)
+        self._count += 1
+
+    def _remove(self, index: int) -> None:
+        bucket = self._buckets[self._availability[index]]
+        at = self._place[index]
+        last = bucket.pop()
+        if last != index:
+            bucket[at] = last
+            self._place[last] = at
+        self._place[index] = -1
+        self._count -= 1
+
+    def change(self, index: int, by: int) -> None:
+        """One peer more (`by` = 1) or fewer (-1) has the chunk."""
+        level = self._availability[index] + by
+        if not 0 <= level <= 0xFFFF:
+            return
+        listed = index in self
+        if listed:
+            self._remove(index)
+        self._availability[index] = level
+        if listed:
+            self._insert(index)
+
+    def take(self, index: int) -> None:
+        self._remove(index)
+        self.taken += 1
+
+    def put_back(self, index: int) -> None:
+        if index not in self:
+            self._insert(index)
+            self._cursor = min(self._cursor, index)
+
+    def drop(self, index: int) -> None:
+        """The chunk is here: it will not be asked for again."""
+        if index in self:
+            self._remove(index)
+
+    def pick(self, has: Has) -> int | None:
+        """A chunk the peer has, taken; None if there is none."""
+        if not self._count:
+            return None
+        index = self._next_in_order(has) if self.order is Order.SEQUENTIAL else self._rarest(has)
+        if index is not None:
+            self.take(index)
+        return index
+
+    def _next_in_order(self, has: Has) -> int | None:
+        while self._cursor < len(self._place) and self._place[self._cursor] < 0:
+            self._cursor += 1
+        return next((i for i in range(self._cursor, len(self._place)) if self._place[i] >= 0 and has(i)), None)
+
+    def _rarest(self, has: Has) -> int | None:
+        buckets = self._buckets
+        if self.taken < RANDOM_FIRST:
+            # At the start rare chunks would all come from the one slow peer that has them.
+            buckets = sorted(buckets, key=len, reverse=True)
+        for bucket in buckets:
+            size = len(bucket)
+            start = int(self._rng.random() * size)
+            for step in range(size):
+                index = bucket[start + step - size]
+                if has(index):
+                    return index
+        return None

@@ -1,0 +1,613 @@
+"""The decision core of downloading: what to ask of whom, when to give up waiting, whom to ban.
+
+`Swarm.handle(event, now)` takes one event and answers with actions; `next_timer()` says when to send `Tick`. It is a
+plain object without I/O, clock or global random: the same one runs in tests, in the simulator and in the node.
+
+All downloads of a node share one `Swarm`, because they share its peers: a peer's window is for everything asked of
+it, and a chunk that two downloads need is asked for once. A *key* is a block's binary CID.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import islice
+
+from protocols.exchange.events import (
+    Action,
+    AddDownload,
+    Ban,
+    BlockChecked,
+    BlocksHere,
+    BlocksLost,
+    CancelRequest,
+    DownloadDone,
+    Event,
+    FindProviders,
+    PeerBusy,
+    PeerGot,
+    PeerHas,
+    PeerHolds,
+    PeerJoined,
+    PeerLacks,
+    PeerLeft,
+    PeerMisbehaved,
+    PeerProgress,
+    RemoveDownload,
+    Request,
+    Tick,
+)
+from protocols.exchange.messages import MAX_IDS, Priority
+from protocols.exchange.picker import Picker, Random, bit_test
+from protocols.exchange.window import Window
+
+BAN_SCORE = -7  # libtorrent's trust points: -2 for a bad piece, +1 for a good one, banned at -7
+GOOD_SCORE_CAP = 8
+BAN_SECONDS = 3600.0
+FIRST_TIMEOUT = 8.0  # nothing measured yet: a busy seed may serve a hundred others first
+SNUB_FIRST, SNUB_MAX = 2.0, 64.0
+FIND_INTERVAL = 60.0  # Kraken and boxo ask for more providers once a minute
+FIND_RETRY = 5.0
+FIND_KEYS = 512
+ENDGAME_SCAN = 256
+ENDGAME_RECHECK = 0.1
+MAX_ROOTS = 256  # availabilities remembered per peer
+CANCELLED_MEMORY = 1024
+
+
+@dataclass(frozen=True, slots=True)
+class DownloadStats:
+    """Where a download stands. Byte counts are of blocks, framing not counted."""
+
+    remaining: int
+    remaining_bytes: int
+    received: dict[str, int]
+    duplicate_bytes: int
+    banned: dict[str, str]
+    peers: int
+    in_flight: int
+    unavailable: int  # blocks wanted that no connected peer is known to have
+
+
+@dataclass(slots=True)
+class _Peer:
+    name: str
+    window: Window = field(default_factory=Window)
+    in_flight: dict[bytes, tuple[float, int]] = field(default_factory=dict)  # key -> when asked, bytes
+    in_flight_bytes: int = 0
+    probe: tuple[bytes, float] | None = None  # a request with nothing before it: measures the round trip
+    heard: float = 0.0  # last byte of a block
+    answered: float = 0.0  # last whole block
+    score: int = 0
+    resting_until: float = 0.0
+    snub: float = SNUB_FIRST
+    has: dict[bytes, tuple[int, bytearray | None]] = field(default_factory=dict)
+    holds: set[bytes] = field(default_factory=set)
+    lacks: set[bytes] = field(default_factory=set)
+    # Downloads whose buckets hold nothing for this peer; what turns up for it later waits in `fresh`.
+    dry: set[bytes] = field(default_factory=set)
+    fresh: dict[bytes, deque[int]] = field(default_factory=dict)
+    cancelled: deque[bytes] = field(default_factory=lambda: deque(maxlen=CANCELLED_MEMORY))
+
+    def can_have(self, download: _Download, index: int) -> bool:
+        key = download.keys[index]
+        if key in self.lacks:
+            return False
+        if key in self.holds:
+            return True
+        entry = self.has.get(download.id)
+        return entry is not None and bit_test(entry[1])(index)
+
+    def deadline(self) -> float:
+        """When the peer counts as stalled; infinite while nothing is asked of it."""
+        if not self.in_flight:
+            return float("inf")
+        first, _ = next(iter(self.in_flight.values()))
+        wait = self.window.timeout if self.window.mean else FIRST_TIMEOUT
+        return max(first, self.heard) + wait
+
+
+class _Download:
+    def __init__(self, event: AddDownload, rng: Random) -> None:
+        self.id = event.id
+        self.keys = event.keys
+        self.sizes = event.sizes
+        self.order = event.order
+        self.priority = event.priority
+        self.index = {key: i for i, key in enumerate(event.keys)}
+        self.here = bytearray(event.here)
+        self.picker = Picker(len(event.keys), (i for i, h in enumerate(event.here) if not h), rng, event.order)
+        self.remaining = len(self.picker)
+        self.remaining_bytes = sum(size for size, h in zip(event.sizes, event.here, strict=True) if not h)
+        self.received: dict[str, int] = {}
+        self.duplicate_bytes = 0
+        self.banned: dict[str, str] = {}
+        self.find_at = 0.0
+        self.found_at = float("-inf")
+
+
+class Swarm:
+    """See the module's text. `rng` decides ties; the clock's zero does not matter, it only has to be monotonic."""
+
+    def __init__(self, rng: Random) -> None:
+        self._rng = rng
+        self._peers: dict[str, _Peer] = {}
+        self._downloads: dict[bytes, _Download] = {}
+        self._requests: dict[bytes, list[str]] = {}  # key -> peers asked, oldest request first
+        self._actions: list[Action] = []
+        self._asks: dict[tuple[str, Priority], list[bytes]] = {}
+        self._now = 0.0
+
+    def handle(self, event: Event, now: float) -> list[Action]:
+        """Take one event; `now` in seconds. Returns what to do, in order."""
+        self._now = now
+        match event:
+            case AddDownload():
+                self._add(event)
+            case RemoveDownload(id=id):
+                self._remove(id)
+            case PeerJoined(peer=name):
+                self._peers.setdefault(name, _Peer(name))
+            case PeerLeft(peer=name):
+                self._leave(name)
+            case PeerHas():
+                self._peer_has(event)
+            case PeerGot(peer=name, id=id, ranges=ranges):
+                self._peer_got(name, id, ranges)
+            case PeerHolds(peer=name, keys=keys):
+                self._peer_holds(name, keys)
+            case PeerProgress(peer=name):
+                if name in self._peers:
+                    self._peers[name].heard = now
+                return []
+            case BlockChecked():
+                self._checked(event)
+            case PeerLacks(peer=name, keys=keys):
+                self._peer_lacks(name, keys)
+            case PeerBusy(peer=name, seconds=seconds):
+                self._peer_busy(name, seconds)
+            case PeerMisbehaved(peer=name, points=points, reason=reason):
+                self._punish(name, points, reason)
+            case BlocksHere(keys=keys):
+                for key in keys:
+                    self._here(key)
+            case BlocksLost(keys=keys):
+                self._lost(keys)
+            case Tick():
+                self._tick()
+        return self._flush()
+
+    def expects(self, peer: str, key: bytes) -> bool | None:
+        """Whether a block arriving from `peer` is to be checked and kept: True if it is still needed, False if it was
+        asked for and is not needed any more, None if it was never asked for."""
+        state = self._peers.get(peer)
+        if state is None or (key not in state.in_flight and key not in state.cancelled):
+            return None
+        return self._needed(key)
+
+    def next_timer(self) -> float:
+        """When to send `Tick`, on the clock of `now`; infinite if never."""
+        times = [peer.deadline() for peer in self._peers.values()]
+        if self._downloads:
+            times += [peer.resting_until for peer in self._peers.values() if peer.resting_until > self._now]
+            times += [d.find_at for d in self._downloads.values() if d.remaining]
+            if any(d.remaining and not len(d.picker) for d in self._downloads.values()) and any(
+                not peer.in_flight for peer in self._peers.values()
+            ):
+                times.append(self._now + ENDGAME_RECHECK)
+        return min(times, default=float("inf"))
+
+    def stats(self, id: bytes) -> DownloadStats:
+        """Where a download stands. Raises KeyError for one that is not there."""
+        d = self._downloads[id]
+        peers = [p for p in self._peers.values() if id in p.has or p.holds]
+        in_flight = sum(1 for key in self._requests if key in d.index)
+        return DownloadStats(
+            d.remaining,
+            d.remaining_bytes,
+            dict(d.received),
+            d.duplicate_bytes,
+            dict(d.banned),
+            len(peers),
+            in_flight,
+            len(self._unavailable(d, len(d.keys))),
+        )
+
+    # Downloads
+
+    def _add(self, event: AddDownload) -> None:
+        d = self._downloads[event.id] = _Download(event, self._rng)
+        for key in event.keys:
+            if key in self._requests:
+                d.picker.drop(d.index[key])  # another download has asked for it
+        for peer in self._peers.values():
+            peer.dry.discard(d.id)
+            entry = peer.has.get(d.id)
+            if entry is not None:
+                self._count_bits(peer, d, entry, +1)
+        d.find_at = self._now + FIND_RETRY
+        if not d.remaining:
+            self._actions.append(DownloadDone(d.id))
+            return
+        self._fill_all()
+
+    def _remove(self, id: bytes) -> None:
+        d = self._downloads.pop(id, None)
+        if d is None:
+            return
+        for key in [key for key in self._requests if key in d.index and not self._needed(key)]:
+            self._forget_requests(key)
+        for peer in self._peers.values():
+            peer.dry.discard(id)
+            peer.fresh.pop(id, None)
+            peer.holds = {key for key in peer.holds if self._wanted_anywhere(key)}
+            peer.lacks = {key for key in peer.lacks if self._wanted_anywhere(key)}
+        self._fill_all()
+
+    def _wanted_anywhere(self, key: bytes) -> bool:
+        return any(key in d.index for d in self._downloads.values())
+
+    def _needed(self, key: bytes) -> bool:
+        return any((i := d.index.get(key)) is not None and not d.here[i] for d in self._downloads.values())
+
+    def _places(self, key: bytes) -> Iterator[tuple[_Download, int]]:
+        for d in self._downloads.values():
+            index = d.index.get(key)
+            if index is not None:
+                yield d, index
+
+    def _here(self, key: bytes) -> None:
+        for d, index in self._places(key):
+            if d.here[index]:
+                continue
+            d.here[index] = 1
+            d.picker.drop(index)
+            d.remaining -= 1
+            d.remaining_bytes -= d.sizes[index]
+            if not d.remaining:
+                self._actions.append(DownloadDone(d.id))
+        self._forget_requests(key)
+
+    def _lost(self, keys: Iterable[bytes]) -> None:
+        for key in keys:
+            for d, index in self._places(key):
+                if d.here[index]:
+                    d.here[index] = 0
+                    d.remaining += 1
+                    d.remaining_bytes += d.sizes[index]
+            self._put_back(key)
+        self._fill_all()
+
+    # Peers
+
+    def _leave(self, name: str) -> None:
+        peer = self._peers.pop(name, None)
+        if peer is None:
+            return
+        for id, entry in peer.has.items():
+            d = self._downloads.get(id)
+            if d is not None:
+                self._count_bits(peer, d, entry, -1)
+        self._give_up(peer)
+        self._fill_all()
+
+    def _give_up(self, peer: _Peer) -> None:
+        """Take back everything asked of a peer, for others to deliver."""
+        keys = list(peer.in_flight)
+        peer.in_flight.clear()
+        peer.in_flight_bytes = 0
+        peer.probe = None
+        for key in keys:
+            asked = self._requests.get(key, [])
+            if peer.name in asked:
+                asked.remove(peer.name)
+            if not asked:
+                self._requests.pop(key, None)
+                self._put_back(key)
+
+    def _count_bits(self, peer: _Peer, d: _Download, entry: tuple[int, bytearray | None], by: int) -> None:
+        count, bits = entry
+        if by > 0 and count != len(d.keys):
+            del peer.has[d.id]
+            self._punish(peer.name, 2, "says an image has another number of chunks than it has")
+            return
+        if bits is None or count != len(d.keys):
+            return  # those who have everything make no chunk rarer than another
+        for index in _ones(bits):
+            d.picker.change(index, by)
+
+    def _peer_has(self, event: PeerHas) -> None:
+        peer = self._peers.get(event.peer)
+        if peer is None or (event.id not in peer.has and len(peer.has) >= MAX_ROOTS):
+            return
+        d = self._downloads.get(event.id)
+        old = peer.has.pop(event.id, None)
+        if d is not None and old is not None:
+            self._count_bits(peer, d, old, -1)
+        peer.has[event.id] = (event.count, None if event.bits is None else bytearray(event.bits))
+        peer.dry.discard(event.id)
+        peer.fresh.pop(event.id, None)
+        if d is not None:
+            self._count_bits(peer, d, peer.has[event.id], +1)
+        self._fill(event.peer)
+
+    def _peer_got(self, name: str, id: bytes, ranges: Sequence[tuple[int, int]]) -> None:
+        peer = self._peers.get(name)
+        if peer is None:
+            return
+        count, bits = peer.has.get(id, (0, None))
+        if bits is None:
+            return
+        d = self._downloads.get(id)
+        for first, number in ranges:
+            if first + number > count:
+                self._punish(name, 2, "says it has chunks that an image does not have")
+                return
+            for index in range(first, first + number):
+                mask = 0x80 >> (index & 7)
+                if bits[index >> 3] & mask:
+                    continue
+                bits[index >> 3] |= mask
+                if d is not None:
+                    d.picker.change(index, +1)
+                    peer.lacks.discard(d.keys[index])
+                    if id in peer.dry and index in d.picker:
+                        peer.fresh.setdefault(id, deque()).append(index)
+        self._fill(name)
+
+    def _peer_holds(self, name: str, keys: Sequence[bytes]) -> None:
+        peer = self._peers.get(name)
+        if peer is None:
+            return
+        for key in keys:
+            peer.holds.add(key)
+            peer.lacks.discard(key)
+            for d, index in self._places(key):
+                if index in d.picker:
+                    peer.dry.add(d.id) if d.id not in peer.has else None
+                    peer.fresh.setdefault(d.id, deque()).append(index)
+        self._fill(name)
+
+    def _peer_lacks(self, name: str, keys: Sequence[bytes]) -> None:
+        peer = self._peers.get(name)
+        if peer is None:
+            return
+        for key in keys:
+            if key not in peer.in_flight:
+                continue  # crossed with our cancel
+            peer.lacks.add(key)
+            peer.holds.discard(key)
+            self._take_from(peer, key)
+            if not self._requests.get(key):
+                self._requests.pop(key, None)
+                self._put_back(key)
+        self._fill_all()
+
+    def _peer_busy(self, name: str, seconds: float) -> None:
+        peer = self._peers.get(name)
+        if peer is not None:
+            peer.resting_until = self._now + min(max(seconds, 0.05), SNUB_MAX)
+            self._give_up(peer)
+            self._fill_all()
+
+    def _punish(self, name: str, points: int, reason: str) -> None:
+        peer = self._peers.get(name)
+        if peer is not None:
+            peer.score -= points
+            if peer.score <= BAN_SCORE:
+                self._ban(peer, reason)
+
+    def _ban(self, peer: _Peer, reason: str) -> None:
+        for d in self._downloads.values():
+            if d.id in peer.has or peer.name in d.received or any(key in d.index for key in peer.in_flight):
+                d.banned[peer.name] = reason
+        self._actions.append(Ban(peer.name, BAN_SECONDS, reason))
+        self._leave(peer.name)
+
+    # Blocks
+
+    def _checked(self, event: BlockChecked) -> None:
+        peer = self._peers.get(event.peer)
+        needed = self._needed(event.key)
+        if peer is not None:
+            if not event.good:
+                # A block comes whole from one peer: it and nobody else made these bytes.
+                for d, _ in self._places(event.key):
+                    d.banned[peer.name] = "sent a chunk that does not match its hash"
+                self._ban(peer, "sent a chunk that does not match its hash")
+                return
+            self._measure(peer, event)
+        if event.good:
+            for d, _ in self._places(event.key):
+                if needed:
+                    d.received[event.peer] = d.received.get(event.peer, 0) + event.size
+                else:
+                    d.duplicate_bytes += event.size
+            self._here(event.key)
+        if peer is not None:
+            self._fill(peer.name)
+
+    def _measure(self, peer: _Peer, event: BlockChecked) -> None:
+        asked = peer.in_flight.get(event.key)
+        peer.heard = self._now
+        peer.score = min(peer.score + 1, GOOD_SCORE_CAP)
+        peer.snub = SNUB_FIRST
+        peer.resting_until = 0.0
+        if asked is not None:
+            if peer.probe is not None and peer.probe[0] == event.key:
+                peer.window.answered(self._now - peer.probe[1])
+                peer.probe = None
+            peer.window.received(event.size, self._now - max(asked[0], peer.answered), self._now)
+            self._take_from(peer, event.key)
+        peer.answered = self._now
+
+    def _take_from(self, peer: _Peer, key: bytes) -> None:
+        """`peer` no longer owes `key`."""
+        request = peer.in_flight.pop(key, None)
+        if request is None:
+            return
+        peer.in_flight_bytes -= request[1]
+        asked = self._requests.get(key, [])
+        if peer.name in asked:
+            asked.remove(peer.name)
+
+    def _forget_requests(self, key: bytes) -> None:
+        """Nobody has to send `key` any more."""
+        for name in list(self._requests.get(key, ())):
+            peer = self._peers[name]
+            self._take_from(peer, key)
+            peer.cancelled.append(key)
+            self._actions.append(CancelRequest(name, (key,)))
+        self._requests.pop(key, None)
+
+    def _put_back(self, key: bytes) -> None:
+        for d, index in self._places(key):
+            if d.here[index] or key in self._requests:
+                continue
+            d.picker.put_back(index)
+            for peer in self._peers.values():
+                if d.id in peer.dry and peer.can_have(d, index):
+                    peer.fresh.setdefault(d.id, deque()).append(index)
+
+    # Choosing
+
+    def _fill_all(self) -> None:
+        # The fastest first: what is left over should not wait for the slowest.
+        for name in sorted(self._peers, key=lambda n: -self._peers[n].window.rate):
+            self._fill(name)
+
+    def _fill(self, name: str) -> None:
+        peer = self._peers.get(name)
+        if peer is None or not self._downloads or peer.resting_until > self._now:
+            return
+        downloads = sorted(self._downloads.values(), key=lambda d: d.priority)
+        limit = self._limit(peer)
+        while peer.in_flight_bytes < limit and len(peer.in_flight) < MAX_IDS:
+            for d in downloads:
+                index = self._pick(peer, d)
+                if index is not None:
+                    self._ask(peer, d, index)
+                    break
+            else:
+                break
+        if not peer.in_flight:
+            self._endgame(peer, downloads)
+
+    def _limit(self, peer: _Peer) -> float:
+        """The peer's window, but near the end no more than its share by rate, so that all finish together."""
+        total = sum(p.window.rate for p in self._peers.values())
+        if len(self._peers) < 2 or not peer.window.rate:
+            return peer.window.size
+        left = sum(d.remaining_bytes for d in self._downloads.values())
+        return min(peer.window.size, left * peer.window.rate / total + 1)
+
+    def _pick(self, peer: _Peer, d: _Download) -> int | None:
+        if not len(d.picker):
+            return None
+        if d.id in peer.has and d.id not in peer.dry:
+            bits = bit_test(peer.has[d.id][1])
+            lacks = peer.lacks
+            has = (lambda i: bits(i) and d.keys[i] not in lacks) if lacks else bits
+            index = d.picker.pick(has)
+            if index is not None:
+                return index
+            peer.dry.add(d.id)
+        fresh = peer.fresh.get(d.id)
+        while fresh:
+            index = fresh.popleft()
+            if index in d.picker and peer.can_have(d, index):
+                d.picker.take(index)
+                return index
+        return None
+
+    def _ask(self, peer: _Peer, d: _Download, index: int) -> None:
+        key = d.keys[index]
+        for other, place in self._places(key):
+            if other is not d:
+                other.picker.drop(place)
+        if not peer.in_flight:
+            peer.window.began(self._now)
+            peer.heard = self._now
+            peer.probe = (key, self._now)
+        peer.in_flight[key] = (self._now, d.sizes[index])
+        peer.in_flight_bytes += d.sizes[index]
+        self._requests.setdefault(key, []).append(peer.name)
+        self._asks.setdefault((peer.name, d.priority), []).append(key)
+
+    def _endgame(self, peer: _Peer, downloads: Sequence[_Download]) -> None:
+        """Nothing is left to ask for: ask an idle peer for the oldest block that one other peer still owes."""
+        if any(len(d.picker) for d in downloads):
+            return
+        patience = max(2 * peer.window.mean, ENDGAME_RECHECK)
+        for key, asked in islice(self._requests.items(), ENDGAME_SCAN):
+            if len(asked) != 1 or asked[0] == peer.name:
+                continue
+            owner = self._peers[asked[0]]
+            if self._now - max(owner.in_flight[key][0], owner.answered) < patience:
+                continue  # it is about to come; a copy would be wasted
+            for d, index in self._places(key):
+                if peer.can_have(d, index):
+                    self._ask(peer, d, index)
+                    return
+
+    def _flush(self) -> list[Action]:
+        actions, self._actions = self._actions, []
+        for (name, priority), keys in self._asks.items():
+            # A block may have been asked for and taken back within one event.
+            peer = self._peers.get(name)
+            kept = tuple(key for key in keys if peer is not None and key in peer.in_flight)
+            actions.extend(Request(name, kept[i : i + MAX_IDS], priority) for i in range(0, len(kept), MAX_IDS))
+        self._asks.clear()
+        return actions
+
+    # Time
+
+    def _tick(self) -> None:
+        for peer in list(self._peers.values()):
+            if peer.deadline() <= self._now:
+                self._stalled(peer)
+        for d in self._downloads.values():
+            self._find(d)
+        self._fill_all()
+
+    def _stalled(self, peer: _Peer) -> None:
+        keys = tuple(peer.in_flight)
+        peer.cancelled.extend(keys)
+        self._actions.append(CancelRequest(peer.name, keys))
+        peer.window.timed_out()
+        peer.resting_until = self._now + peer.snub
+        peer.snub = min(2 * peer.snub, SNUB_MAX)
+        self._give_up(peer)
+
+    def _find(self, d: _Download) -> None:
+        if not d.remaining or d.find_at > self._now:
+            return
+        unavailable = self._unavailable(d, FIND_KEYS)
+        if (
+            unavailable
+            or self._now - d.found_at >= FIND_INTERVAL
+            or not any(d.id in p.has for p in self._peers.values())
+        ):
+            d.found_at = self._now
+            self._actions.append(FindProviders(d.id, tuple(d.keys[i] for i in unavailable)))
+        d.find_at = self._now + FIND_RETRY
+
+    def _unavailable(self, d: _Download, limit: int) -> list[int]:
+        """Blocks wanted that no peer here is known to have."""
+        sources = [p for p in self._peers.values() if p.holds or p.has.get(d.id, (0, b""))[1] is None]
+        missing = (
+            index
+            for index in d.picker
+            if not d.picker.availability(index) and not any(peer.can_have(d, index) for peer in sources)
+        )
+        return list(islice(missing, limit))
+
+
+def _ones(bits: bytes | bytearray) -> Iterator[int]:
+    """Numbers of the bits that are set."""
+    for at, byte in enumerate(bits):
+        if byte:
+            for offset in range(8):
+                if byte & (0x80 >> offset):
+                    yield at * 8 + offset
