@@ -1,9 +1,9 @@
 """An in-memory network: the twin of `Network` for tests and simulations. No byte leaves the process.
 
-    fabric = MemoryFabric(nursery)
-    a, b = fabric.node("a"), fabric.node("b")
-    b.handle("/echo/1", handler)
-    stream = await a.open_stream("b", "/echo/1")
+fabric = MemoryFabric(nursery)
+a, b = fabric.node("a"), fabric.node("b")
+b.handle("/echo/1", handler)
+stream = await a.open_stream("b", "/echo/1")
 """
 
 from __future__ import annotations
