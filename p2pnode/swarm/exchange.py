@@ -1,0 +1,541 @@
+"""All exchange sessions of a node: feeds what peers send to the decision cores and does what they decide.
+
+`protocols.exchange.swarm.Swarm` decides what to ask of whom, `Uploads` what to send to whom. Here are the tasks: two
+per session, one timer, one that spreads HAVEs, and a few that read chunks for peers. Decisions are made synchronously;
+no await stands between reading and changing shared state.
+"""
+
+from __future__ import annotations
+
+import logging
+import random
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import trio
+import zstandard
+
+from p2pnode.errors import PeerUnreachable, RemoteError, StoreError, UsageError
+from p2pnode.net.transport import Buffer, Stream, Transport
+from p2pnode.store import Store
+from p2pnode.swarm.holdings import Holdings
+from p2pnode.swarm.session import PeerSession
+from protocols.cid import CID, Codec
+from protocols.exchange import PROTOCOL_ID
+from protocols.exchange import events as ev
+from protocols.exchange import messages as m
+from protocols.exchange.picker import Order
+from protocols.exchange.swarm import DownloadStats, Swarm
+from protocols.exchange.uploads import Uploads
+
+log = logging.getLogger(__name__)
+
+HAVE_INTERVAL = 0.1  # DESIGN 4: HAVEs are batched, or a swarm of N pays N frames per chunk
+UPLOAD_WORKERS = 2
+RETRY_BUSY_MS = 1000
+MAX_SESSIONS = 500
+
+Finder = Callable[[CID, Sequence[bytes]], Awaitable[dict[str, list[bytes]]]]
+
+
+class Sink(Protocol):
+    """Where the blocks of a download go. Called in worker threads."""
+
+    def accept_many(self, blocks: Sequence[tuple[bytes, Buffer]]) -> list[bool]:
+        """Check blocks against their keys and keep the good ones; False for each that does not match its key.
+
+        Raises `StoreError` if they cannot be kept."""
+
+
+@dataclass
+class Download:
+    """A running download, as its fetcher sees it."""
+
+    id: bytes
+    root: CID
+    keys: frozenset[bytes]
+    sink: Sink
+    on_arrival: Callable[[list[bytes]], None]
+    done: trio.Event = field(default_factory=trio.Event)
+    failure: StoreError | None = None
+    last: DownloadStats | None = None
+
+    async def wait(self) -> None:
+        """Until every block is here. Raises the `StoreError` that stopped it."""
+        await self.done.wait()
+        if self.failure is not None:
+            raise self.failure
+
+
+@dataclass(frozen=True, slots=True)
+class PeerTraffic:
+    """Block bytes exchanged with a peer since the node started, and what it waits for."""
+
+    received: int
+    sent: int
+    waiting: int
+
+
+def manifest_id(root: CID) -> bytes:
+    """The download of an image's manifest blocks, beside that of its chunks (whose id is the root's binary CID)."""
+    return b"manifest:" + root.to_bytes()
+
+
+class Exchange:
+    """See the module's text. Run `run` in a nursery; everything else may be called while it runs.
+
+    `finder(root, keys)` is asked for providers: it returns peers to join, with those of `keys` each is recorded for.
+    """
+
+    def __init__(self, transport: Transport, store: Store, finder: Finder, *, agent: str) -> None:
+        self._transport = transport
+        self._store = store
+        self._finder = finder
+        self._agent = agent
+        self._swarm = Swarm(random.Random())
+        self._uploads = Uploads()
+        self._holdings = Holdings(store)
+        self._sessions: dict[str, PeerSession] = {}
+        self._joining: dict[str, trio.Event] = {}
+        self._downloads: dict[bytes, Download] = {}
+        self._bans: dict[str, float] = {}
+        self._answers: dict[tuple[CID, str], bool] = {}
+        self._received: dict[str, int] = {}
+        self._sent: dict[str, int] = {}
+        self._timer_changed = trio.Event()
+        self._uploads_changed = trio.Event()
+        self._haves = trio.Event()
+        self._answered = trio.Event()
+        self._left = trio.Event()
+        self._progressed = trio.Event()
+        self._nursery: trio.Nursery | None = None
+
+    async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
+        """Serve peers and downloads until cancelled."""
+        token = trio.lowlevel.current_trio_token()
+        self._store.on_lost(lambda digests: token.run_sync_soon(self._lost, list(digests)))
+        self._transport.handle(PROTOCOL_ID, self._inbound)
+        self._transport.on_connect(self._connected)
+        async with trio.open_nursery() as nursery:
+            self._nursery = nursery
+            nursery.start_soon(self._timer)
+            nursery.start_soon(self._spread_haves)
+            for _ in range(UPLOAD_WORKERS):
+                nursery.start_soon(self._upload)
+            task_status.started()
+            try:
+                await trio.sleep_forever()
+            finally:
+                self._nursery = None
+
+    async def close(self) -> None:
+        """Take no more sessions and say goodbye to everybody; returns when they are told."""
+        self._nursery = None
+        for session in list(self._sessions.values()):
+            session.close("shutting down")
+        while self._sessions:
+            self._left = trio.Event()
+            await self._left.wait()
+
+    # Sessions
+
+    async def join(self, peer: str, addrs: Sequence[str] = ()) -> None:
+        """Have a session with a peer. Raises `RemoteError` if it cannot be had."""
+        if self._banned(peer):
+            raise RemoteError(f"peer {peer} is banned")
+        while peer in self._joining:
+            await self._joining[peer].wait()
+        if peer in self._sessions or self._nursery is None:
+            return
+        self._joining[peer] = trio.Event()
+        try:
+            try:
+                await self._transport.connect(peer, addrs)
+            except UsageError as exc:  # an id that some other peer made up
+                raise PeerUnreachable(str(exc)) from exc
+            if peer in self._sessions:
+                return
+            stream = await self._transport.open_stream(peer, PROTOCOL_ID)
+            session = PeerSession(stream, agent=self._agent, dialled=True)
+            if self._nursery is None:
+                await stream.reset()
+                return
+            self._nursery.start_soon(self._serve_dialled, session)
+            with trio.move_on_after(10):
+                await session.open.wait()
+        finally:
+            self._joining.pop(peer).set()
+
+    def _connected(self, peer: str) -> None:
+        if self._downloads and self._nursery is not None:
+            self._nursery.start_soon(self._try_join, peer)
+
+    async def _try_join(self, peer: str, addrs: Sequence[str] = ()) -> None:
+        try:
+            await self.join(peer, addrs)
+        except RemoteError as exc:
+            log.info("no exchange with %s: %s", peer, exc)
+
+    def _banned(self, peer: str) -> bool:
+        until = self._bans.get(peer)
+        if until is not None and until <= trio.current_time():
+            del self._bans[peer]
+            return False
+        return until is not None
+
+    async def _inbound(self, stream: Stream) -> None:
+        if self._nursery is None or self._banned(stream.peer) or len(self._sessions) >= MAX_SESSIONS:
+            await stream.reset()
+            return
+        await self._serve(PeerSession(stream, agent=self._agent, dialled=False))
+
+    def _supersedes(self, session: PeerSession) -> bool:
+        """Two peers that open sessions to each other at once must both keep the same one: that of the lower id."""
+        old = self._sessions.get(session.peer)
+        if old is None or old.dialled == session.dialled:
+            return True
+        return session.dialled == (self._transport.peer_id < session.peer)
+
+    async def _serve_dialled(self, session: PeerSession) -> None:
+        """The top of a session's task (the transport guards those of inbound streams)."""
+        try:
+            await self._serve(session)
+        except Exception:
+            log.exception("the session with %s failed", session.peer)
+
+    async def _serve(self, session: PeerSession) -> None:
+        peer = session.peer
+        if not self._supersedes(session):
+            await session.stream.reset()
+            return
+        old = self._sessions.get(peer)
+        if old is not None:
+            self._leave(old)
+            old.close("superseded")
+        self._sessions[peer] = session
+        self._handle(ev.PeerJoined(peer))
+        for root in {download.root for download in self._downloads.values()}:
+            session.send(m.Interest(root))
+        try:
+            await session.run(self._on_messages, self._on_sent)
+        finally:
+            if self._sessions.get(peer) is session:
+                self._leave(session)
+
+    def _leave(self, session: PeerSession) -> None:
+        del self._sessions[session.peer]
+        self._uploads.leave(session.peer)
+        self._answers = {key: known for key, known in self._answers.items() if key[1] != session.peer}
+        self._handle(ev.PeerLeft(session.peer))
+        self._left.set()
+
+    # What peers send
+
+    async def _on_messages(self, session: PeerSession, received: list[m.Message]) -> None:
+        blocks: list[m.Block] = []
+        for message in received:
+            if self._sessions.get(session.peer) is not session:
+                return  # banned or superseded by what came before
+            match message:
+                case m.Block():
+                    blocks.append(message)
+                case m.Availability():
+                    self._on_availability(session.peer, message)
+                case m.Have(root=root, ranges=ranges):
+                    self._handle(ev.PeerGot(session.peer, root.to_bytes(), ranges))
+                case m.Interest(root=root, active=active):
+                    await self._on_interest(session, root, active)
+                case m.Want(ids=ids, priority=priority):
+                    if not self._uploads.want(session.peer, ids, priority):
+                        session.send(m.Busy(RETRY_BUSY_MS))
+                    self._uploads_changed.set()
+                case m.Cancel(ids=ids):
+                    self._uploads.cancel(session.peer, ids)
+                case m.DontHave(ids=ids):
+                    self._handle(ev.PeerLacks(session.peer, ids))
+                case m.Busy(retry_after=retry_after):
+                    self._handle(ev.PeerBusy(session.peer, retry_after / 1000))
+                case m.Hello() | m.Goodbye() | m.Records():
+                    pass
+        if blocks:
+            await self._on_blocks(session.peer, blocks)
+        elif session.receiving_block:
+            self._handle(ev.PeerProgress(session.peer))
+
+    def _on_availability(self, peer: str, message: m.Availability) -> None:
+        root = message.root
+        if not any(download.root == root for download in self._downloads.values()):
+            return  # crossed with our loss of interest
+        known = message.count > 0 or message.bits is not None
+        self._answers[root, peer] = known
+        self._answered.set()
+        self._answered = trio.Event()
+        if known:
+            self._handle(ev.PeerHas(peer, manifest_id(root), 0, None))
+            self._handle(ev.PeerHas(peer, root.to_bytes(), message.count, message.bits))
+
+    async def _on_interest(self, session: PeerSession, root: CID, active: bool) -> None:
+        if not active:
+            session.following.pop(root, None)
+            if not any(root in other.following for other in self._sessions.values()):
+                self._holdings.forget(root)
+            return
+        session.following[root] = None
+        session.send(await self._holdings.availability(root))
+
+    async def _on_blocks(self, peer: str, blocks: list[m.Block]) -> None:
+        """Check and keep blocks, in one worker-thread call for each download they belong to."""
+        batches: dict[bytes, list[m.Block]] = {}
+        for block in blocks:
+            expected = self._swarm.expects(peer, block.id)
+            if expected is None:
+                self._handle(ev.PeerMisbehaved(peer, 2, "sent a block nobody asked it for"))
+            elif not expected:
+                self._handle(ev.BlockChecked(peer, block.id, block.size, True))
+            else:
+                owner = next((d.id for d in self._downloads.values() if block.id in d.keys), None)
+                if owner is not None:
+                    batches.setdefault(owner, []).append(block)
+        for id, batch in batches.items():
+            download = self._downloads.get(id)
+            if download is None:
+                continue
+            try:
+                verdicts = await trio.to_thread.run_sync(_accept, download.sink, batch)
+            except StoreError as exc:
+                self._fail(download, exc)
+                continue
+            self._received[peer] = self._received.get(peer, 0) + sum(block.size for block in batch)
+            good = [block.id for block, verdict in zip(batch, verdicts, strict=True) if verdict]
+            self._arrived(good)
+            for block, verdict in zip(batch, verdicts, strict=True):
+                self._handle(ev.BlockChecked(peer, block.id, block.size, verdict))
+
+    def _arrived(self, keys: list[bytes]) -> None:
+        self._progressed.set()
+        self._progressed = trio.Event()
+        if self._holdings.arrived(keys):
+            self._haves.set()
+        for download in self._downloads.values():
+            here = [key for key in keys if key in download.keys]
+            if here:
+                download.on_arrival(here)
+
+    def _lost(self, digests: Iterable[bytes]) -> None:
+        """The store found chunks damaged or gone."""
+        keys = [CID(Codec.RAW, digest).to_bytes() for digest in digests]
+        self._holdings.lost(keys)
+        self._handle(ev.BlocksLost(keys))
+
+    def here(self, keys: list[bytes]) -> None:
+        """Chunks came into the store by another way than a download (an import)."""
+        self._arrived(keys)
+        self._handle(ev.BlocksHere(keys))
+
+    # What the cores decide
+
+    def _handle(self, event: ev.Event) -> None:
+        for action in self._swarm.handle(event, trio.current_time()):
+            self._act(action)
+        self._timer_changed.set()
+
+    def _act(self, action: ev.Action) -> None:
+        match action:
+            case ev.Request(peer=peer, keys=keys, priority=priority):
+                if peer in self._sessions:
+                    self._sessions[peer].send(m.Want(keys, priority))
+            case ev.CancelRequest(peer=peer, keys=keys):
+                if peer in self._sessions:
+                    self._sessions[peer].send(m.Cancel(keys))
+            case ev.Ban(peer=peer, seconds=seconds, reason=reason):
+                log.warning("peer %s is banned for %.0f s: it %s", peer, seconds, reason)
+                self._bans[peer] = trio.current_time() + seconds
+                session = self._sessions.get(peer)
+                if session is not None:
+                    self._leave(session)
+                    session.close("banned: " + reason)
+            case ev.FindProviders(id=id, keys=keys):
+                download = self._downloads.get(id)
+                if download is not None and self._nursery is not None:
+                    self._nursery.start_soon(self._find, download.root, keys)
+            case ev.DownloadDone(id=id):
+                if id in self._downloads:
+                    self._downloads[id].done.set()
+
+    async def _find(self, root: CID, keys: Sequence[bytes]) -> None:
+        found = await self._finder(root, keys)
+        async with trio.open_nursery() as nursery:
+            for peer in found:
+                nursery.start_soon(self._try_join, peer)
+        for peer, held in found.items():
+            if held:
+                self._handle(ev.PeerHolds(peer, held))
+
+    async def _timer(self) -> None:
+        while True:
+            self._timer_changed = trio.Event()
+            with trio.move_on_at(self._swarm.next_timer()):
+                await self._timer_changed.wait()
+                continue
+            self._handle(ev.Tick())
+
+    async def _spread_haves(self) -> None:
+        while True:
+            await self._haves.wait()
+            await trio.sleep(HAVE_INTERVAL)
+            self._haves = trio.Event()
+            for root, numbers in self._holdings.take_new().items():
+                ranges = list(m.ranges_of(numbers))
+                for session in self._sessions.values():
+                    if root in session.following:
+                        for i in range(0, len(ranges), m.MAX_RANGES):
+                            session.send(m.Have(root, tuple(ranges[i : i + m.MAX_RANGES])))
+
+    # Downloads
+
+    @asynccontextmanager
+    async def download(
+        self,
+        id: bytes,
+        root: CID,
+        keys: Sequence[bytes],
+        sizes: Sequence[int],
+        here: Sequence[int],
+        sink: Sink,
+        on_arrival: Callable[[list[bytes]], None],
+        order: Order = Order.RAREST,
+    ) -> AsyncIterator[Download]:
+        """Download blocks while the context is open; `Download.wait` returns when all are here."""
+        download = Download(id, root, frozenset(keys), sink, on_arrival)
+        if id in self._downloads:
+            raise RuntimeError("this download runs already")
+        self._downloads[id] = download
+        try:
+            for session in self._sessions.values():
+                session.send(m.Interest(root))
+            for connection in self._transport.connections():
+                if connection.peer not in self._sessions and self._nursery is not None:
+                    self._nursery.start_soon(self._try_join, connection.peer)
+            for peer, known in self.answers(root).items():
+                if known and id == manifest_id(root):
+                    self._handle(ev.PeerHas(peer, id, 0, None))
+            self._handle(ev.AddDownload(id, keys, sizes, here, order))
+            yield download
+        finally:
+            del self._downloads[id]
+            self._handle(ev.RemoveDownload(id))
+            if not any(other.root == root for other in self._downloads.values()):
+                self._answers = {key: known for key, known in self._answers.items() if key[0] != root}
+                for session in self._sessions.values():
+                    session.send(m.Interest(root, active=False))
+
+    def _fail(self, download: Download, error: StoreError) -> None:
+        if not download.done.is_set():
+            download.failure = error
+            download.last = self._swarm.stats(download.id)
+            download.done.set()
+            self._handle(ev.RemoveDownload(download.id))
+
+    def forget(self, root: CID) -> None:
+        """An image was removed: peers that follow it are told that it is gone."""
+        self._holdings.forget(root)
+        for session in self._sessions.values():
+            if root in session.following:
+                session.send(m.Availability(root, 0))
+
+    def stats(self, id: bytes) -> DownloadStats:
+        """Where a running download stands, or stood when it failed."""
+        return self._downloads[id].last or self._swarm.stats(id)
+
+    def answers(self, root: CID) -> dict[str, bool]:
+        """Peers that answered our interest in an image, and whether they know it."""
+        return {peer: known for (of, peer), known in self._answers.items() if of == root}
+
+    @property
+    def sessions(self) -> list[str]:
+        """Peers with a session."""
+        return list(self._sessions)
+
+    async def next_answer(self) -> None:
+        """Until some peer answers an interest."""
+        await self._answered.wait()
+
+    async def progress(self) -> None:
+        """Until some block comes."""
+        await self._progressed.wait()
+
+    def traffic(self, peer: str) -> PeerTraffic:
+        return PeerTraffic(self._received.get(peer, 0), self._sent.get(peer, 0), self._uploads.waiting(peer))
+
+    @property
+    def bans(self) -> dict[str, float]:
+        """Banned peers and the seconds left."""
+        now = trio.current_time()
+        return {peer: until - now for peer, until in self._bans.items() if until > now}
+
+    # Uploads
+
+    def _on_sent(self, session: PeerSession, size: int) -> None:
+        self._uploads.sent(session.peer, size)
+        self._sent[session.peer] = self._sent.get(session.peer, 0) + size
+        self._uploads_changed.set()
+
+    async def _upload(self) -> None:
+        while True:
+            batch = self._next_batch()
+            if not batch:
+                if self._uploads_changed.is_set():
+                    self._uploads_changed = trio.Event()
+                await self._uploads_changed.wait()
+                continue
+            payloads = await trio.to_thread.run_sync(self._read_blocks, [key for _, key in batch])
+            for (peer, key), payload in zip(batch, payloads, strict=True):
+                session = self._sessions.get(peer)
+                if session is None:
+                    continue
+                if payload is None:
+                    session.send(m.DontHave((key,)))
+                    continue
+                self._uploads.queued(peer, key, len(payload))
+                session.send_block(m.Block(key, m.Encoding.RAW, len(payload), payload))
+
+    def _next_batch(self) -> list[tuple[str, bytes]]:
+        batch: list[tuple[str, bytes]] = []
+        while len(batch) < 4:
+            turn = self._uploads.next()
+            if turn is None:
+                break
+            batch.append(turn)
+        return batch
+
+    def _read_blocks(self, keys: Sequence[bytes]) -> list[Buffer | None]:
+        return [self._read_block(key) for key in keys]
+
+    def _read_block(self, key: bytes) -> Buffer | None:
+        cid = CID.from_bytes(key)
+        try:
+            if cid.codec is Codec.DAG_CBOR:
+                return self._store.block(cid)
+            return self._store.read(cid.digest)
+        except StoreError as exc:
+            log.info("not served: %s", exc)
+            return None
+
+
+def _accept(sink: Sink, blocks: Sequence[m.Block]) -> list[bool]:
+    """Decode blocks and hand them to the sink. Runs in a worker thread."""
+    plain: list[tuple[bytes, Buffer]] = []
+    for block in blocks:
+        payload = block.payload
+        if block.encoding is m.Encoding.ZSTD:
+            try:
+                # Bounded: the frame header's own size is not trusted, and nothing past `size` is decoded.
+                payload = zstandard.ZstdDecompressor(max_window_size=1 << 23).decompress(
+                    bytes(payload), max_output_size=block.size, allow_extra_data=False
+                )
+            except zstandard.ZstdError:
+                payload = b""
+        plain.append((block.id, payload if len(payload) == block.size else b""))
+    return sink.accept_many(plain)

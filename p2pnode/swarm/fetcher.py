@@ -1,0 +1,405 @@
+"""Fetching one image: its manifest, its chunks, its verification and its export, overlapped.
+
+    link -> manifest blocks -> what is missing -> chunks, from whoever has them -> objects hashed as they complete
+    -> exported under the final name.
+
+Whatever stops it, the chunks that arrived stay in the store and the next fetch goes on from there.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections import deque
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import trio
+
+from p2pnode.errors import (
+    ChunkUnavailable,
+    NetworkTimeout,
+    NotFound,
+    PeerUnreachable,
+    StoreError,
+    VerificationFailed,
+)
+from p2pnode.failures import most_telling
+from p2pnode.images.exporter import Exporter, exporter
+from p2pnode.net.transport import Buffer
+from p2pnode.progress import Progress, Report
+from p2pnode.store import Store
+from p2pnode.store.landing import Landing
+from p2pnode.store.records import Origin
+from p2pnode.store.space import check_space
+from p2pnode.swarm.exchange import Exchange, manifest_id
+from p2pnode.swarm.holdings import chunk_key
+from protocols.cid import CID, CID_SIZE, DIGEST_SIZE
+from protocols.errors import ManifestError
+from protocols.exchange.swarm import DownloadStats
+from protocols.manifest import MAX_BLOCK, Image, ImageAssembler
+
+log = logging.getLogger(__name__)
+
+FEED_BATCH = 2 << 20  # bytes per worker-thread call of the verifier
+REPORT_INTERVAL = 0.25
+SETTLE = 2.0  # after everybody known has said no: somebody may be about to connect
+RELOADS = 3  # times a chunk may be lost between arriving and being verified, before the disk is blamed
+
+Discover = Callable[[CID], Awaitable[int]]
+
+
+@dataclass(frozen=True, slots=True)
+class FetchOptions:
+    """`timeout`: seconds without a byte of progress after which to give up."""
+
+    out: Path | None = None
+    force: bool = False
+    keep_chunks: bool = False
+    name: str | None = None
+    timeout: float = 60.0
+
+
+@dataclass(frozen=True, slots=True)
+class Fetched:
+    """The outcome. Byte counts are of blocks received for this fetch; `sources` by peer id."""
+
+    image: Image
+    path: Path | None
+    received_bytes: int
+    duplicate_bytes: int
+    sources: dict[str, int]
+    banned: dict[str, str]
+    seconds: float
+
+
+@dataclass
+class _Tally:
+    """What was received, over the manifest's and the chunks' downloads."""
+
+    sources: dict[str, int] = field(default_factory=dict)
+    duplicates: int = 0
+    banned: dict[str, str] = field(default_factory=dict)
+
+    def add(self, stats: DownloadStats) -> None:
+        for peer, size in stats.received.items():
+            self.sources[peer] = self.sources.get(peer, 0) + size
+        self.duplicates += stats.duplicate_bytes
+        self.banned |= stats.banned
+
+
+class _ManifestSink:
+    """Keeps manifest blocks in memory until the manifest is whole: a bad one must not reach the catalog."""
+
+    def __init__(self) -> None:
+        self.blocks: dict[CID, bytes] = {}
+
+    def accept_many(self, blocks: Sequence[tuple[bytes, Buffer]]) -> list[bool]:
+        return [self._accept(CID.from_bytes(key), bytes(data)) for key, data in blocks]
+
+    def _accept(self, cid: CID, data: bytes) -> bool:
+        if len(data) > MAX_BLOCK or not cid.matches(data):
+            return False
+        self.blocks[cid] = data
+        return True
+
+
+class _ChunkSink:
+    """Hands chunks to the landing."""
+
+    def __init__(self, landing: Landing) -> None:
+        self._landing = landing
+
+    def accept_many(self, blocks: Sequence[tuple[bytes, Buffer]]) -> list[bool]:
+        return self._landing.accept_many([(key[CID_SIZE - DIGEST_SIZE :], data) for key, data in blocks])
+
+
+class _Arrivals:
+    """Which chunks are here, and which objects are therefore whole, for the one task that verifies them."""
+
+    def __init__(self, image: Image, here: bytearray) -> None:
+        self._here = dict(zip(image.chunks, here, strict=True))
+        self._users: dict[bytes, list[int]] = {}
+        self._missing = [0] * len(image.objects)
+        for number, obj in enumerate(image.objects):
+            for digest in set(obj.layout.digests):
+                if not self._here[digest]:
+                    self._users.setdefault(digest, []).append(number)
+                    self._missing[number] += 1
+        self._whole = deque(number for number, missing in enumerate(self._missing) if not missing)
+        self._event = trio.Event()
+
+    def arrived(self, keys: list[bytes]) -> None:
+        for key in keys:
+            digest = key[CID_SIZE - DIGEST_SIZE :]
+            self._here[digest] = 1
+            for number in self._users.pop(digest, ()):
+                self._missing[number] -= 1
+                if not self._missing[number]:
+                    self._whole.append(number)
+        self._event.set()
+        self._event = trio.Event()
+
+    def lost(self, digest: bytes) -> None:
+        """A chunk has to come again. Its object is being verified, so it needs no counting."""
+        self._here[digest] = 0
+
+    def ready(self, digests: Sequence[bytes]) -> int:
+        """How many of the first `digests` are here."""
+        return next((at for at, digest in enumerate(digests) if not self._here[digest]), len(digests))
+
+    def take_whole(self) -> int | None:
+        """An object whose chunks are all here, each once."""
+        return self._whole.popleft() if self._whole else None
+
+    async def wait(self) -> None:
+        """Until something arrives."""
+        await self._event.wait()
+
+
+class Fetcher:
+    """Fetches images through an `Exchange` into a `Store`.
+
+    `discover(root)` looks for providers of an image, joins them, and returns how many it knows of.
+    """
+
+    def __init__(self, store: Store, exchange: Exchange, discover: Discover, provide: Callable[[Image], None]) -> None:
+        self._store = store
+        self._exchange = exchange
+        self._discover = discover
+        self._provide = provide
+
+    async def fetch(self, root: CID, options: FetchOptions, report: Report) -> Fetched:
+        """Fetch, verify and export. Raises NotFound, RemoteError, StoreError, TrustError, LocalError."""
+        try:
+            return await self._fetch(root, options, report)
+        except ExceptionGroup as group:
+            error = most_telling(group)
+            raise error from error.__cause__
+
+    async def _fetch(self, root: CID, options: FetchOptions, report: Report) -> Fetched:
+        began = time.monotonic()
+        tally = _Tally()
+        image = await trio.to_thread.run_sync(self._store.image, root)
+        if image is None:
+            image = await self._manifest(root, options, tally, report)
+        export = exporter(self._store, image, options.out, force=options.force, keep_chunks=options.keep_chunks)
+        await trio.to_thread.run_sync(export.check)
+        path = await self._content(image, export, options, tally, report)
+        return Fetched(
+            image,
+            path,
+            sum(tally.sources.values()) + tally.duplicates,
+            tally.duplicates,
+            tally.sources,
+            tally.banned,
+            time.monotonic() - began,
+        )
+
+    # The manifest
+
+    async def _manifest(self, root: CID, options: FetchOptions, tally: _Tally, report: Report) -> Image:
+        report(Progress("finding", note="looking for the image"))
+        assembler = ImageAssembler(root)
+        sink = _ManifestSink()
+        async with trio.open_nursery() as nursery:
+            searched = trio.Event()
+            nursery.start_soon(self._search, root, searched)
+            while assembler.missing:
+                keys = [cid.to_bytes() for cid in sorted(assembler.missing)]
+                sizes = [64 << 10] * len(keys)
+                async with self._exchange.download(
+                    manifest_id(root), root, keys, sizes, bytes(len(keys)), sink, lambda _: None
+                ) as download:
+                    await self._manifest_blocks(root, download.wait, searched, options.timeout)
+                    tally.add(self._exchange.stats(manifest_id(root)))
+                try:
+                    for cid in sorted(assembler.missing & sink.blocks.keys()):
+                        assembler.add(cid, sink.blocks[cid])
+                except ManifestError as exc:
+                    raise VerificationFailed(f"the image {root} is not a valid image: {exc}") from exc
+            nursery.cancel_scope.cancel()
+        try:
+            image = await trio.to_thread.run_sync(assembler.image)
+        except ManifestError as exc:
+            raise VerificationFailed(f"the image {root} is not a valid image: {exc}") from exc
+        await trio.to_thread.run_sync(self._keep_manifest, image, sink.blocks, options)
+        return image
+
+    def _keep_manifest(self, image: Image, blocks: dict[CID, bytes], options: FetchOptions) -> None:
+        self._store.put_blocks(blocks)
+        name = options.name or (options.out.name if options.out is not None else str(image.id)[:16])
+        self._store.add_image(image, name=name, origin=Origin.FETCHED, complete=False, path=None)
+
+    async def _search(self, root: CID, searched: trio.Event) -> None:
+        try:
+            await self._discover(root)
+        finally:
+            searched.set()
+
+    async def _manifest_blocks(
+        self, root: CID, wait: Callable[[], Awaitable[None]], searched: trio.Event, timeout: float
+    ) -> None:
+        """Wait for the blocks; give up when everybody who can be reached has said that they do not know the image."""
+        finished = False
+
+        async def watch() -> None:
+            nonlocal finished
+            await wait()
+            finished = True
+            nursery.cancel_scope.cancel()
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(watch)
+            with trio.move_on_after(timeout):
+                await searched.wait()
+                while True:
+                    with trio.move_on_after(SETTLE) as quiet:
+                        await self._exchange.next_answer()
+                    answers = self._exchange.answers(root)
+                    if (
+                        quiet.cancelled_caught
+                        and not any(answers.values())
+                        and len(answers) >= len(self._exchange.sessions)
+                    ):
+                        break
+            nursery.cancel_scope.cancel()
+        if finished:
+            return
+        answers = self._exchange.answers(root)
+        if any(answers.values()):
+            raise NetworkTimeout(f"the peers that have image {root} sent nothing for {timeout:.0f} s")
+        if answers:
+            raise NotFound(f"none of the {len(answers)} peers that could be reached knows image {root}")
+        raise PeerUnreachable(f"no peer could be reached to ask for image {root}; give one with --peer or --bootstrap")
+
+    # The content
+
+    async def _content(
+        self, image: Image, export: Exporter, options: FetchOptions, tally: _Tally, report: Report
+    ) -> Path | None:
+        digests = list(image.chunks)
+        landing = await trio.to_thread.run_sync(self._store.landing, image, options.out)
+        try:
+            await trio.to_thread.run_sync(landing.copy_local, digests)
+            here = await trio.to_thread.run_sync(self._store.held, digests)
+            missing = sum(size for size, h in zip(image.chunks.values(), here, strict=True) if not h)
+            await trio.to_thread.run_sync(check_space, landing.path.parent, missing)
+            self._provide(image)
+            arrivals = _Arrivals(image, here)
+            id = image.id.to_bytes()
+            async with (
+                self._exchange.download(
+                    id,
+                    image.id,
+                    [chunk_key(digest) for digest in digests],
+                    list(image.chunks.values()),
+                    bytes(here),
+                    _ChunkSink(landing),
+                    arrivals.arrived,
+                ) as download,
+                trio.open_nursery() as nursery,
+            ):
+                nursery.start_soon(self._watch, image, options.timeout, report)
+                if missing:
+                    nursery.start_soon(self._discover, image.id)
+                nursery.start_soon(self._stop_on_failure, download.wait)
+                await self._verify(image, export, arrivals)
+                tally.add(self._exchange.stats(id))
+                nursery.cancel_scope.cancel()
+            await trio.to_thread.run_sync(landing.close)
+            report(Progress("exporting", image.size, image.size))
+            path = await trio.to_thread.run_sync(export.finish)
+            await trio.to_thread.run_sync(self._store.mark_complete, image.id, None if path is None else str(path))
+        except BaseException:
+            with trio.CancelScope(shield=True):
+                await trio.to_thread.run_sync(landing.close)
+                await trio.to_thread.run_sync(export.abort)
+            raise
+        return path
+
+    @staticmethod
+    async def _stop_on_failure(wait: Callable[[], Awaitable[None]]) -> None:
+        """A download that cannot write ends the fetch with its error."""
+        await wait()
+
+    async def _verify(self, image: Image, export: Exporter, arrivals: _Arrivals) -> None:
+        """Hash, and export, objects as their chunks land: first those that are complete."""
+        waiting = set(range(len(image.objects)))
+        while waiting:
+            index = arrivals.take_whole()
+            if index is None and len(waiting) == 1:
+                (index,) = waiting  # nothing better to do than to follow this one as it grows
+            if index is None:
+                await arrivals.wait()
+                continue
+            if index not in waiting:
+                continue  # followed above while it became whole
+            waiting.remove(index)
+            layout = image.objects[index].layout
+            await trio.to_thread.run_sync(export.begin_object, index)
+            await self._feed(layout.digests, layout.sizes, export, arrivals)
+            await trio.to_thread.run_sync(export.end_object)
+
+    async def _feed(
+        self, digests: Sequence[bytes], sizes: Sequence[int], export: Exporter, arrivals: _Arrivals
+    ) -> None:
+        at = 0
+        reloads: dict[bytes, int] = {}
+        while at < len(digests):
+            end, size = at, 0
+            while end < len(digests) and size < FEED_BATCH:
+                size += sizes[end]
+                end += 1
+            count = arrivals.ready(digests[at:end])
+            if not count:
+                await arrivals.wait()
+                continue
+            done, lost = await trio.to_thread.run_sync(self._feed_some, digests[at : at + count], export)
+            at += done
+            if lost is not None:
+                reloads[lost] = reloads.get(lost, 0) + 1
+                if reloads[lost] > RELOADS:
+                    raise StoreError(
+                        f"chunk {lost.hex()} was damaged on disk {RELOADS} times after it had been verified"
+                    )
+                arrivals.lost(lost)
+
+    def _feed_some(self, digests: Sequence[bytes], export: Exporter) -> tuple[int, bytes | None]:
+        for done, digest in enumerate(digests):
+            try:
+                data = self._store.read(digest)
+            except ChunkUnavailable as exc:
+                log.warning("fetching again: %s", exc)
+                return done, digest
+            export.feed(data)
+        return len(digests), None
+
+    async def _watch(self, image: Image, timeout: float, report: Report) -> None:
+        """Report progress; end the fetch when nothing has come for `timeout` seconds."""
+        id = image.id.to_bytes()
+        last, since = -1, trio.current_time()
+        while True:
+            stats = self._exchange.stats(id)
+            note = ""
+            if stats.remaining != last:
+                last, since = stats.remaining, trio.current_time()
+            elif stats.remaining and trio.current_time() - since > 2:
+                note = _waiting_for(stats)
+            if stats.remaining and trio.current_time() - since > timeout:
+                raise NetworkTimeout(
+                    f"nothing came for {timeout:.0f} s: {_waiting_for(stats)}; run the same fetch again to go on"
+                )
+            total = image.chunk_bytes
+            phase = "fetching" if stats.remaining else "verifying"
+            report(Progress(phase, total - stats.remaining_bytes, total, stats.peers, note))
+            await trio.sleep(REPORT_INTERVAL)
+
+
+def _waiting_for(stats: DownloadStats) -> str:
+    if not stats.peers:
+        return f"waiting for a peer that has the image; {stats.remaining} chunks are missing"
+    if stats.unavailable:
+        return f"waiting for a peer that has {stats.unavailable} of the missing chunks"
+    return f"waiting for {stats.in_flight} chunks from {stats.peers} peers"

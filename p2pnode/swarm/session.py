@@ -1,0 +1,149 @@
+"""One exchange stream as trio tasks: a reader, and a writer that sends control frames before blocks."""
+
+from __future__ import annotations
+
+import logging
+from collections import deque
+from collections.abc import Awaitable, Callable, Sequence
+
+import trio
+
+from p2pnode.errors import RemoteError, StreamClosed
+from p2pnode.net.transport import Buffer, Stream
+from protocols.cid import CID
+from protocols.errors import FrameError
+from protocols.exchange import messages as m
+from protocols.exchange.session import Session, State
+
+log = logging.getLogger(__name__)
+
+READ_SIZE = 1 << 20
+MAX_CONTROL = 2 << 20  # control bytes waiting for a peer; past it we stop reading what it asks
+HELLO_TIMEOUT = 15.0
+WRITE_TIMEOUT = 60.0  # a peer that takes no byte for this long is not there for anybody
+GOODBYE_TIMEOUT = 0.5
+
+OnMessages = Callable[["PeerSession", list[m.Message]], Awaitable[None]]
+OnSent = Callable[["PeerSession", int], None]
+
+
+class PeerSession:
+    """A session with one peer. `send` and `send_block` queue and return at once; `run` moves the bytes."""
+
+    def __init__(self, stream: Stream, *, agent: str, dialled: bool) -> None:
+        self.stream = stream
+        self.peer = stream.peer
+        self.dialled = dialled
+        self.following: dict[CID, None] = {}  # roots the peer wants HAVEs of
+        self.open = trio.Event()
+        self._protocol = Session(agent)
+        self._control: deque[Buffer] = deque(self._protocol.greeting())
+        self._control_bytes = 0
+        self._blocks: deque[m.Block] = deque()
+        self._wake = trio.Event()
+        self._drained = trio.Event()
+        self._sending = False
+        self._closing: str | None = None
+        self._scope = trio.CancelScope()
+
+    @property
+    def receiving_block(self) -> bool:
+        return self._protocol.receiving_block
+
+    def send(self, message: m.Message) -> None:
+        """Queue a control frame."""
+        for part in m.encode(message):
+            self._control.append(part)
+            self._control_bytes += len(part)
+        self._wake.set()
+
+    def send_block(self, block: m.Block) -> None:
+        """Queue a block; the caller bounds how many by what `run` reports as sent."""
+        self._blocks.append(block)
+        self._wake.set()
+
+    def close(self, reason: str) -> None:
+        """Say goodbye and end the session soon."""
+        if self._closing is None:
+            self._closing = reason
+            self._wake.set()
+            # A peer that does not read would keep the writer, and so the session, for a minute.
+            self._scope.deadline = trio.current_time() + GOODBYE_TIMEOUT
+
+    async def run(self, on_messages: OnMessages, on_sent: OnSent) -> None:
+        """Serve the session until either side ends it. Raises nothing for what a peer does."""
+        try:
+            with self._scope:
+                async with trio.open_nursery() as nursery:
+                    nursery.start_soon(self._guard, self._write, on_sent)
+                    nursery.start_soon(self._guard, self._read, on_messages)
+                    with trio.move_on_after(HELLO_TIMEOUT) as waiting:
+                        await self.open.wait()
+                    if waiting.cancelled_caught:
+                        log.info("peer %s sent no HELLO", self.peer)
+                        self._scope.cancel()
+        finally:
+            with trio.move_on_after(GOODBYE_TIMEOUT, shield=True):
+                if self._sending:
+                    await self.stream.reset()  # cut off within a frame: nothing can follow it
+                elif self._closing is not None and self._protocol.state is not State.DONE:
+                    await self._farewell(self._closing)
+                await self.stream.aclose()
+            self.open.set()
+
+    async def _farewell(self, reason: str) -> None:
+        try:
+            await self.stream.send_parts(m.encode(m.Goodbye(reason)))
+        except RemoteError:
+            log.debug("peer %s left before our goodbye", self.peer)
+
+    async def _guard(self, task: Callable[..., Awaitable[None]], *args: object) -> None:
+        """Run one direction; its end, for whatever reason, is the end of the session."""
+        try:
+            await task(*args)
+        except FrameError as exc:
+            log.warning("peer %s broke the exchange protocol: %s", self.peer, exc)
+            self._closing = str(exc)
+        except RemoteError as exc:
+            log.debug("session with %s ended: %s", self.peer, exc)
+        finally:
+            self._scope.cancel()
+
+    async def _read(self, on_messages: OnMessages) -> None:
+        while True:
+            data = await self.stream.receive_some(READ_SIZE)
+            if not data:
+                return
+            received = list(self._protocol.receive(data))
+            if self._protocol.state is not State.NEW:
+                self.open.set()
+            await on_messages(self, received)
+            if self._protocol.state is State.DONE:
+                return
+            while self._control_bytes > MAX_CONTROL:
+                self._drained = trio.Event()
+                await self._drained.wait()
+
+    async def _write(self, on_sent: OnSent) -> None:
+        while self._closing is None:
+            if self._control:
+                parts: Sequence[Buffer] = list(self._control)
+                self._control.clear()
+                await self._send(parts)
+                self._control_bytes = 0
+                self._drained.set()
+            elif self._blocks:
+                block = self._blocks.popleft()
+                await self._send(m.encode(block))
+                on_sent(self, block.size)
+            else:
+                self._wake = trio.Event()
+                await self._wake.wait()
+
+    async def _send(self, parts: Sequence[Buffer]) -> None:
+        self._sending = True
+        with trio.move_on_after(WRITE_TIMEOUT) as scope:
+            await self.stream.send_parts(parts)
+            self._sending = False
+        if scope.cancelled_caught:
+            raise StreamClosed(f"peer {self.peer} did not take a byte for {WRITE_TIMEOUT:.0f} s")
