@@ -120,3 +120,9 @@ class VerificationFailed(TrustError):
     """The content is complete but its hash is not the one its manifest promises."""
 
     exit_code = EXIT_VERIFY
+
+
+class Cancelled(LocalError):
+    """The user interrupted the operation."""
+
+    exit_code = EXIT_INTERRUPTED

@@ -9,30 +9,29 @@ Results are plain dicts in the form the command line prints with --json (DESIGN 
 
 from __future__ import annotations
 
-import functools
 import logging
-import threading
 import time
-from collections.abc import AsyncIterator, Callable, Iterable, Sequence
+from collections.abc import AsyncIterator, Iterable, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import trio
 
 from p2pnode import __version__, control, home, link, local
 from p2pnode.config import Config
-from p2pnode.errors import NodeError, RemoteError, UsageError
+from p2pnode.errors import RemoteError, UsageError
 from p2pnode.images.importer import import_path
 from p2pnode.net import addresses
 from p2pnode.net.addressbook import AddressBook
 from p2pnode.net.identity import Identity
 from p2pnode.net.transport import Provider, Router
-from p2pnode.progress import Progress, Report
+from p2pnode.progress import Report
 from p2pnode.store import Store
 from p2pnode.swarm.exchange import Exchange
-from p2pnode.swarm.fetcher import FetchOptions, Fetcher
+from p2pnode.swarm.fetcher import Fetcher, FetchOptions
 from p2pnode.swarm.holdings import chunk_key
+from p2pnode.threads import in_thread
 from protocols.cid import CID, Codec
 from protocols.manifest import FASTCDC, Chunking, Image, Kind
 
@@ -47,8 +46,6 @@ BOOTSTRAP_RETRY = 5.0
 BOOTSTRAP_RETRY_MAX = 60.0
 GOODBYE_SECONDS = 2.5
 MAX_PROVIDERS = 32  # of one key that are joined
-
-T = TypeVar("T")
 
 
 class Node:
@@ -206,7 +203,7 @@ class Node:
     async def provide(self, path: str, *, kind: str | None, name: str | None, report: Report) -> dict[str, Any]:
         """Import a path and serve it. See DESIGN 6 for the result."""
         began = time.monotonic()
-        imported = await _in_thread(
+        imported = await in_thread(
             lambda cancelled, progress: import_path(
                 self._store,
                 Path(path),
@@ -214,7 +211,7 @@ class Node:
                 name=name,
                 chunking=self._chunking(),
                 nix_store=self._config.nix_store,
-                progress=lambda p: progress(Progress(f"reading {p.what}", p.done, p.total)),
+                progress=progress,
                 cancelled=cancelled,
             ),
             report,
@@ -271,7 +268,7 @@ class Node:
         return await trio.to_thread.run_sync(local.show, self._store, spec)
 
     async def verify(self, spec: str, report: Report) -> dict[str, Any]:
-        return await _in_thread(lambda _, progress: local.verify(self._store, spec, progress), report)
+        return await in_thread(lambda _, progress: local.verify(self._store, spec, progress), report)
 
     async def remove(self, spec: str) -> dict[str, Any]:
         """Remove an image and tell the swarm."""
@@ -363,27 +360,3 @@ def _by_peer(addrs: Iterable[str]) -> list[tuple[str, list[str]]]:
             raise UsageError(f"the peer address {text} lacks /p2p/<peer id> at its end")
         peers.setdefault(address.peer, []).append(text)
     return list(peers.items())
-
-
-async def _in_thread(work: Callable[[Callable[[], bool], Report], T], report: Report) -> T:
-    """Run blocking work in a worker thread: its reports arrive in this one, and it is told when it is cancelled."""
-    stop = threading.Event()
-    token = trio.lowlevel.current_trio_token()
-
-    def forward(progress: Progress) -> None:
-        token.run_sync_soon(functools.partial(report, progress), idempotent=False)
-
-    async def watch() -> None:
-        try:
-            await trio.sleep_forever()
-        finally:
-            stop.set()
-
-    async with trio.open_nursery() as nursery:
-        nursery.start_soon(watch)
-        result = await trio.to_thread.run_sync(work, stop.is_set, forward)
-        nursery.cancel_scope.cancel()
-    return result
-
-
-__all__ = ["Node", "NodeError"]

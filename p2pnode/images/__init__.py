@@ -1,0 +1,1 @@
+"""Artifact kinds <-> manifests: importers and exporters, one file per kind."""

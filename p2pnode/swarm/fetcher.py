@@ -35,6 +35,7 @@ from p2pnode.store.records import Origin
 from p2pnode.store.space import check_space
 from p2pnode.swarm.exchange import Exchange, manifest_id
 from p2pnode.swarm.holdings import chunk_key
+from p2pnode.threads import in_thread
 from protocols.cid import CID, CID_SIZE, DIGEST_SIZE
 from protocols.errors import ManifestError
 from protocols.exchange.swarm import DownloadStats
@@ -282,7 +283,7 @@ class Fetcher:
         digests = list(image.chunks)
         landing = await trio.to_thread.run_sync(self._store.landing, image, options.out)
         try:
-            await trio.to_thread.run_sync(landing.copy_local, digests)
+            await in_thread(lambda cancelled, _: landing.copy_local(digests, cancelled), report)
             here = await trio.to_thread.run_sync(self._store.held, digests)
             missing = sum(size for size, h in zip(image.chunks.values(), here, strict=True) if not h)
             await trio.to_thread.run_sync(check_space, landing.path.parent, missing)

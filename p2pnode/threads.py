@@ -1,0 +1,35 @@
+"""Blocking work in a worker thread that hears of its cancellation."""
+
+from __future__ import annotations
+
+import functools
+import threading
+from collections.abc import Callable
+from typing import TypeVar
+
+import trio
+
+from p2pnode.progress import Progress, Report
+
+T = TypeVar("T")
+
+
+async def in_thread(work: Callable[[Callable[[], bool], Report], T], report: Report) -> T:
+    """Run blocking work in a worker thread: its reports arrive in this one, and it is told when it is cancelled."""
+    stop = threading.Event()
+    token = trio.lowlevel.current_trio_token()
+
+    def forward(progress: Progress) -> None:
+        token.run_sync_soon(functools.partial(report, progress))
+
+    async def watch() -> None:
+        try:
+            await trio.sleep_forever()
+        finally:
+            stop.set()
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(watch)
+        result = await trio.to_thread.run_sync(work, stop.is_set, forward)
+        nursery.cancel_scope.cancel()
+    return result
