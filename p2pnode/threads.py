@@ -9,6 +9,7 @@ from typing import TypeVar
 
 import trio
 
+from p2pnode.failures import most_telling
 from p2pnode.progress import Progress, Report
 
 T = TypeVar("T")
@@ -28,8 +29,12 @@ async def in_thread(work: Callable[[Callable[[], bool], Report], T], report: Rep
         finally:
             stop.set()
 
-    async with trio.open_nursery() as nursery:
-        nursery.start_soon(watch)
-        result = await trio.to_thread.run_sync(work, stop.is_set, forward)
-        nursery.cancel_scope.cancel()
+    try:
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(watch)
+            result = await trio.to_thread.run_sync(work, stop.is_set, forward)
+            nursery.cancel_scope.cancel()
+    except ExceptionGroup as group:
+        error = most_telling(group)
+        raise error from error.__cause__
     return result
