@@ -19,6 +19,7 @@ from protocols.cid import CID
 from protocols.errors import CIDError, DecodeError
 
 MAX_DEPTH = 12  # the deepest value of ours is 6 levels; a stack overflow would need some hundred
+_SIMPLE = {0xF4: False, 0xF5: True, 0xF6: None}
 
 
 def _encode_cid(encoder: cbor2.CBOREncoder, value: Any) -> None:
@@ -68,6 +69,7 @@ def _head(data: bytes, at: int) -> tuple[int, int, int]:
 
 
 def _item(data: bytes, at: int, depth: int) -> tuple[Any, int]:
+    start = at
     major, argument, at = _head(data, at)
     if major == 0:
         return argument, at
@@ -105,8 +107,8 @@ def _item(data: bytes, at: int, depth: int) -> tuple[Any, int]:
             return CID.from_bytes(value[1:]), at
         except CIDError as exc:
             raise DecodeError(str(exc)) from exc
-    if data[at - 1] in (0xF4, 0xF5, 0xF6):
-        return {0xF4: False, 0xF5: True, 0xF6: None}[data[at - 1]], at
+    if data[start] in _SIMPLE:  # not the argument: f8 f4 is a longer form of f4
+        return _SIMPLE[data[start]], at
     raise DecodeError("a CBOR float, undefined or simple value")
 
 

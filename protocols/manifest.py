@@ -23,9 +23,11 @@ FORMAT_VERSION = 1
 MAX_BLOCK = 1 << 20  # kubo refuses blocks over 2 MiB; half of it leaves room for envelopes
 MAX_CHUNK = 4 << 20
 MAX_CHUNKS = 1 << 22  # 1 TiB at the usual 256 KiB
+MAX_MANIFEST = 512 << 20  # all blocks of one image: MAX_CHUNKS chunks take 200 MB, MAX_OBJECTS usual objects as much
 MAX_OBJECTS = 1 << 18  # the largest NixOS closures have some 10,000 paths
 MAX_SIZE = 1 << 46
 MAX_PATH = 1024
+MAX_CA = 256
 MAX_TREE_DEPTH = 3
 INLINE_CHUNKS = 16  # up to 4 MiB of content: most store paths need no layout block of their own
 LEAF_CHUNKS = 4096  # 47 bytes each: leaves of 190 KiB
@@ -70,6 +72,8 @@ class Chunking:
     @classmethod
     def from_value(cls, value: Any) -> Chunking:
         match value:
+            case list() if any(isinstance(part, bool) for part in value):
+                pass  # `true` would be taken for 1, and encoded as `true` again
             case ["fixed", int(size)] if 4096 <= size <= MAX_CHUNK:
                 return cls.fixed(size)
             case ["fastcdc", int(low), int(avg), int(high), int(norm), int(seed)] if (
@@ -230,8 +234,10 @@ def _tree(name: str, leaves: list[list[Any]], blocks: dict[CID, bytes]) -> dict[
 
 
 def _check_path(path: Any) -> None:
-    if not isinstance(path, str) or not 0 < len(path.encode()) <= MAX_PATH or "\0" in path:
+    if not isinstance(path, str) or not 0 < len(path.encode(errors="replace")) <= MAX_PATH or "\0" in path:
         raise ManifestError("an object's path is empty, too long, or not text")
+    if any("\ud800" <= char <= "\udfff" for char in path):
+        raise ManifestError(f"object path {path!r} is not UTF-8 and cannot be named in an image")
     if any(part in ("", ".", "..") for part in path.split("/")):
         raise ManifestError(f"object path {path!r} is absolute or has empty, '.' or '..' parts")
 
@@ -248,6 +254,10 @@ def _check_objects(objects: Sequence[ImageObject]) -> None:
         before = obj.path
         if (obj.nar_hash is None) == (obj.file_hash is None):
             raise ManifestError(f"object {obj.path} needs either a NAR hash or a file hash")
+        if len(obj.nar_hash or obj.file_hash or b"") != DIGEST_SIZE:
+            raise ManifestError(f"the hash of {obj.path} is not {DIGEST_SIZE} bytes")
+        if obj.ca is not None and len(obj.ca) > MAX_CA:
+            raise ManifestError(f"the content address of {obj.path} is not a short text")
         if not 0 <= obj.size <= MAX_SIZE or obj.layout.size != obj.size:
             raise ManifestError(f"the chunks of {obj.path} do not add up to its size of {obj.size} bytes")
         obj.layout.check()
@@ -268,7 +278,11 @@ def _check_objects(objects: Sequence[ImageObject]) -> None:
 def _check_attributes(attributes: Mapping[str, Any], objects: int) -> None:
     if len(attributes) > 64:
         raise ManifestError("more than 64 attributes")
-    for value in attributes.values():
+    for name, value in attributes.items():
+        if not isinstance(name, str) or len(name) > 256:
+            raise ManifestError("an attribute whose name is not a short text")
+        if isinstance(value, int) and not -(1 << 63) <= value < 1 << 63:
+            raise ManifestError("an attribute that does not fit 64 bits")
         if not isinstance(value, str | int | bytes) or (isinstance(value, str | bytes) and len(value) > 4096):
             raise ManifestError("an attribute that is not a number, a text or bytes of up to 4096")
     root = attributes.get("root", 0)
@@ -281,8 +295,14 @@ def _fields(value: Any, required: Iterable[str], optional: Iterable[str] = ()) -
         raise ManifestError("a manifest block that is not a map")
     names = set(required)
     if not names <= value.keys() <= names | set(optional):
-        raise ManifestError(f"a manifest map with fields {sorted(value)[:16]} where {sorted(names)} belong")
+        raise ManifestError(f"a manifest map with fields {_short(sorted(value)[:16])} where {sorted(names)} belong")
     return value
+
+
+def _short(value: Any) -> str:
+    """What a stranger wrote, for a message: a block of 1 MiB does not belong in a log."""
+    text = repr(value)
+    return text if len(text) <= 128 else text[:125] + "..."
 
 
 def _count(value: Any, limit: int) -> int:
@@ -304,6 +324,7 @@ class ImageAssembler:
         self.root = root
         self._blocks: dict[CID, Any] = {}
         self._unfolded = 0
+        self._received = 0
         self.missing: set[CID] = {root}
 
     def add(self, cid: CID, data: bytes) -> None:
@@ -312,6 +333,9 @@ class ImageAssembler:
             return
         if len(data) > MAX_BLOCK or not cid.matches(data):
             raise ManifestError(f"block {cid} does not have the bytes its id promises")
+        self._received += len(data)
+        if self._received > MAX_MANIFEST:
+            raise ManifestError(f"a manifest of more than {MAX_MANIFEST} bytes")
         try:
             value = dagcbor.decode(data)
         except DecodeError as exc:
@@ -329,10 +353,10 @@ class ImageAssembler:
     @staticmethod
     def _check_top(value: Any) -> None:
         if isinstance(value, dict) and value.get("v") != FORMAT_VERSION:
-            raise ManifestError(f"image format version {value.get('v')!r} is not known here (this node knows 1)")
+            raise ManifestError(f"image format version {_short(value.get('v'))} is not known here (this node knows 1)")
         top = _fields(value, {"v", "kind", "attrs"}, {"objects", "tree"})
-        if top["kind"] not in set(Kind):
-            raise ManifestError(f"image kind {top['kind']!r} is not known here")
+        if not isinstance(top["kind"], str) or top["kind"] not in set(Kind):
+            raise ManifestError(f"image kind {_short(top['kind'])} is not known here")
         if not isinstance(top["attrs"], dict):
             raise ManifestError("image attributes that are not a map")
 
@@ -342,7 +366,7 @@ class ImageAssembler:
             raise ManifestError(f"{len(self.missing)} blocks of the manifest are missing")
         top = self._blocks[self.root]
         self._unfolded = 0
-        objects = tuple(self._object(value) for value in self._items(top, "objects", MAX_OBJECTS))
+        objects = tuple(self._objects(top))
         _check_objects(objects)
         _check_attributes(top["attrs"], len(objects))
         kind = Kind(top["kind"])
@@ -351,6 +375,16 @@ class ImageAssembler:
         if again.id != self.root:
             raise ManifestError("a manifest that is not in its canonical form")
         return Image(self.root, kind, top["attrs"], objects, tuple(again.blocks))
+
+    def _objects(self, top: dict[str, Any]) -> Iterator[ImageObject]:
+        before = ""
+        for value in self._items(top, "objects", MAX_OBJECTS):
+            obj = self._object(value)
+            # Checked here already: a tree may link one big leaf a thousand times, and would unfold it each time.
+            if obj.path <= before:
+                raise ManifestError("objects are not in order of their paths, or one path is there twice")
+            before = obj.path
+            yield obj
 
     def _items(self, node: dict[str, Any], name: str, limit: int) -> Iterator[Any]:
         """The items below `node`, in order. Iterative: the stack holds (block value, items it must have, depth)."""
@@ -377,6 +411,8 @@ class ImageAssembler:
             below = sum(count for _, count in children)
             if below > limit or (promised is not None and below != promised):
                 raise ManifestError("the counts of a list tree do not add up")
+            if not all(count for _, count in children):  # else three levels unfold to 4096 ** 3 empty leaves
+                raise ManifestError("a list tree with an empty branch")
             stack.extend((self._blocks[link], count, depth + 1) for link, count in reversed(children))
 
     def _object(self, value: Any) -> ImageObject:
@@ -389,7 +425,7 @@ class ImageAssembler:
         if not isinstance(refs, list) or ("refs" in obj and not refs):
             raise ManifestError(f"the references of {obj['path']} are not a list with entries")
         ca = obj.get("ca")
-        if "ca" in obj and (not isinstance(ca, str) or len(ca) > 256):
+        if "ca" in obj and (not isinstance(ca, str) or len(ca) > MAX_CA):
             raise ManifestError(f"the content address of {obj['path']} is not a short text")
         return ImageObject(
             path=obj["path"],
@@ -405,7 +441,7 @@ class ImageAssembler:
         if isinstance(value, CID):
             node = _fields(self._blocks[value], {"v", "size", "chunking"}, {"chunks", "tree"})
             if node["v"] != FORMAT_VERSION:
-                raise ManifestError(f"layout format version {node['v']!r} is not known here")
+                raise ManifestError(f"layout format version {_short(node['v'])} is not known here")
         else:
             node = _fields(value, {"chunking", "chunks"})
         digests: list[bytes] = []

@@ -38,7 +38,10 @@ class PeerLeft:
 
 @dataclass(frozen=True, slots=True)
 class PeerHas:
-    """All a peer has of a download: a bit field of `count` bits, or None for everything."""
+    """All a peer has of a download: a bit field of `count` bits, or None for everything.
+
+    `count` 0 with None: everything, however many that is (manifest blocks, before their number is known).
+    """
 
     peer: str
     id: bytes

@@ -73,7 +73,8 @@ class Interest:
 class Availability:
     """What the sender has of `root`: one bit per distinct chunk, most significant bit first, unused bits zero.
 
-    `bits` None: all `count` of them. `count` 0: nothing, not even the manifest.
+    `bits` None: all `count` of them, or with `count` 0: nothing, not even the manifest. (An image that has no chunks,
+    as an empty file has none, is `count` 0 with empty `bits`.)
     """
 
     TYPE: ClassVar[int] = 3
@@ -209,6 +210,11 @@ class FrameReader:
     def buffered(self) -> int:
         """Bytes held of a frame that is not complete."""
         return len(self._buffer) + self._filled
+
+    @property
+    def in_frame(self) -> bool:
+        """Whether a frame has begun and is not complete."""
+        return self._block is not None or len(self._buffer) > 0
 
     def feed(self, data: Buffer) -> Iterator[Message]:
         """Messages completed by `data`. Raises `FrameError`; the stream is of no use after that."""

@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import enum
 from array import array
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Protocol
 
 RANDOM_FIRST = 4  # libtorrent's initial_picker_threshold
+SCAN = 256  # chunks looked at per bucket before `Scattered` is the answer; bounds the work per choice
 
 
 class Random(Protocol):
@@ -29,6 +30,10 @@ class Order(enum.Enum):
 Has = Callable[[int], bool]
 
 
+class Scattered(Exception):
+    """The peer has few or none of the chunks left: take the list of `Picker.all_of`, once, instead of searching."""
+
+
 def bit_test(bits: bytes | bytearray | None) -> Has:
     """Whether a bit field has a number; None is a field of ones."""
     if bits is None:
@@ -40,7 +45,7 @@ class Picker:
     """The chunks of a download that are neither here nor asked for, in buckets by how many peers have them.
 
     `take` removes a chunk from the buckets, `put_back` returns it (its request failed). All operations but a scan
-    past chunks the peer lacks are O(1).
+    past chunks the peer lacks, which is bounded, are O(1).
     """
 
     def __init__(self, count: int, wanted: Iterable[int], rng: Random, order: Order = Order.RAREST) -> None:
@@ -116,18 +121,32 @@ class Picker:
             self._remove(index)
 
     def pick(self, has: Has) -> int | None:
-        """A chunk the peer has, taken; None if there is none."""
+        """A chunk the peer has, taken; None if the picker is empty.
+
+        Raises `Scattered` if a bounded search finds none.
+        """
         if not self._count:
             return None
         index = self._next_in_order(has) if self.order is Order.SEQUENTIAL else self._rarest(has)
-        if index is not None:
-            self.take(index)
+        if index is None:
+            raise Scattered
+        self.take(index)
         return index
+
+    def all_of(self, has: Has) -> list[int]:
+        """All chunks that may be picked and that the peer has, the best to pick first. Walks the whole picker."""
+        found = [index for index in self if has(index)]
+        return sorted(found) if self.order is Order.SEQUENTIAL else found
+
+    def rarest_of_all(self) -> Sequence[int]:
+        """The chunks in the picker that only peers who have everything, or nobody, are known to have."""
+        return self._buckets[0]
 
     def _next_in_order(self, has: Has) -> int | None:
         while self._cursor < len(self._place) and self._place[self._cursor] < 0:
             self._cursor += 1
-        return next((i for i in range(self._cursor, len(self._place)) if self._place[i] >= 0 and has(i)), None)
+        ahead = range(self._cursor, min(self._cursor + 16 * SCAN, len(self._place)))
+        return next((i for i in ahead if self._place[i] >= 0 and has(i)), None)
 
     def _rarest(self, has: Has) -> int | None:
         buckets = self._buckets
@@ -137,7 +156,7 @@ class Picker:
         for bucket in buckets:
             size = len(bucket)
             start = int(self._rng.random() * size)
-            for step in range(size):
+            for step in range(min(size, SCAN)):
                 index = bucket[start + step - size]
                 if has(index):
                     return index

@@ -53,7 +53,7 @@ class Session:
     @property
     def receiving_block(self) -> bool:
         """Whether a part of a frame is here and the rest is awaited."""
-        return self._reader.buffered > 0
+        return self._reader.in_frame
 
     def receive(self, data: Buffer) -> Iterator[Message]:
         """Messages completed by `data`. Raises `FrameError` for a violation: send GOODBYE and close."""

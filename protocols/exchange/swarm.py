@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from itertools import islice
+from itertools import chain, islice
 
 from protocols.exchange.events import (
     Action,
@@ -39,7 +39,7 @@ from protocols.exchange.events import (
     Tick,
 )
 from protocols.exchange.messages import MAX_IDS, Priority
-from protocols.exchange.picker import Picker, Random, bit_test
+from protocols.exchange.picker import Order, Picker, Random, Scattered, bit_test
 from protocols.exchange.window import Window
 
 BAN_SCORE = -7  # libtorrent's trust points: -2 for a bad piece, +1 for a good one, banned at -7
@@ -53,7 +53,7 @@ FIND_KEYS = 512
 ENDGAME_SCAN = 256
 ENDGAME_RECHECK = 0.1
 MAX_ROOTS = 256  # availabilities remembered per peer
-CANCELLED_MEMORY = 1024
+CANCELLED_MEMORY = 2 * MAX_IDS  # more than one peer can owe
 
 
 @dataclass(frozen=True, slots=True)
@@ -172,6 +172,7 @@ class Swarm:
             case BlocksHere(keys=keys):
                 for key in keys:
                     self._here(key)
+                self._fill_all()
             case BlocksLost(keys=keys):
                 self._lost(keys)
             case Tick():
@@ -192,9 +193,7 @@ class Swarm:
         if self._downloads:
             times += [peer.resting_until for peer in self._peers.values() if peer.resting_until > self._now]
             times += [d.find_at for d in self._downloads.values() if d.remaining]
-            if any(d.remaining and not len(d.picker) for d in self._downloads.values()) and any(
-                not peer.in_flight for peer in self._peers.values()
-            ):
+            if self._requests and any(not peer.in_flight for peer in self._peers.values()) and not self._pickable():
                 times.append(self._now + ENDGAME_RECHECK)
         return min(times, default=float("inf"))
 
@@ -221,11 +220,11 @@ class Swarm:
         for key in event.keys:
             if key in self._requests:
                 d.picker.drop(d.index[key])  # another download has asked for it
-        for peer in self._peers.values():
-            peer.dry.discard(d.id)
+        for peer in list(self._peers.values()):  # a copy: a peer that claimed nonsense may be banned here
             entry = peer.has.get(d.id)
             if entry is not None:
                 self._count_bits(peer, d, entry, +1)
+            self._look_again(peer, d)
         d.find_at = self._now + FIND_RETRY
         if not d.remaining:
             self._actions.append(DownloadDone(d.id))
@@ -239,6 +238,7 @@ class Swarm:
         for key in [key for key in self._requests if key in d.index and not self._needed(key)]:
             self._forget_requests(key)
         for peer in self._peers.values():
+            peer.has.pop(id, None)
             peer.dry.discard(id)
             peer.fresh.pop(id, None)
             peer.holds = {key for key in peer.holds if self._wanted_anywhere(key)}
@@ -306,8 +306,19 @@ class Swarm:
                 self._requests.pop(key, None)
                 self._put_back(key)
 
+    @staticmethod
+    def _look_again(peer: _Peer, d: _Download) -> None:
+        """Forget what was found out about `peer` and the chunks to pick of `d`."""
+        peer.dry.discard(d.id)
+        if peer.holds:
+            peer.fresh[d.id] = deque(i for key in peer.holds if (i := d.index.get(key)) is not None and i in d.picker)
+        else:
+            peer.fresh.pop(d.id, None)
+
     def _count_bits(self, peer: _Peer, d: _Download, entry: tuple[int, bytearray | None], by: int) -> None:
         count, bits = entry
+        if bits is None and not count:
+            return
         if by > 0 and count != len(d.keys):
             del peer.has[d.id]
             self._punish(peer.name, 2, "says an image has another number of chunks than it has")
@@ -326,25 +337,36 @@ class Swarm:
         if d is not None and old is not None:
             self._count_bits(peer, d, old, -1)
         peer.has[event.id] = (event.count, None if event.bits is None else bytearray(event.bits))
-        peer.dry.discard(event.id)
-        peer.fresh.pop(event.id, None)
         if d is not None:
             self._count_bits(peer, d, peer.has[event.id], +1)
+            self._look_again(peer, d)
         self._fill(event.peer)
 
     def _peer_got(self, name: str, id: bytes, ranges: Sequence[tuple[int, int]]) -> None:
         peer = self._peers.get(name)
         if peer is None:
             return
+        d = self._downloads.get(id)
         count, bits = peer.has.get(id, (0, None))
         if bits is None:
+            if d is not None and id in peer.has and peer.lacks:  # it lost some and has them again
+                for key in [k for k in peer.lacks if any(a <= d.index.get(k, -1) < a + n for a, n in ranges)]:
+                    peer.lacks.discard(key)
+                    if id in peer.dry and d.index[key] in d.picker:
+                        peer.fresh.setdefault(id, deque()).append(d.index[key])
+                self._fill(name)
             return
-        d = self._downloads.get(id)
         for first, number in ranges:
             if first + number > count:
                 self._punish(name, 2, "says it has chunks that an image does not have")
                 return
-            for index in range(first, first + number):
+            low, high = (first + 7) // 8, (first + number) // 8
+            if high > low and bits.count(0xFF, low, high) == high - low:
+                # A cheap frame must not cost a walk over all that was announced before.
+                steps = chain(range(first, 8 * low), range(8 * high, first + number))
+            else:
+                steps = chain(range(first, first + number))
+            for index in steps:
                 mask = 0x80 >> (index & 7)
                 if bits[index >> 3] & mask:
                     continue
@@ -378,16 +400,27 @@ class Swarm:
                 continue  # crossed with our cancel
             peer.lacks.add(key)
             peer.holds.discard(key)
+            self._unannounce(peer, key)
             self._take_from(peer, key)
             if not self._requests.get(key):
                 self._requests.pop(key, None)
                 self._put_back(key)
         self._fill_all()
 
+    def _unannounce(self, peer: _Peer, key: bytes) -> None:
+        """The peer does not have what it announced: it must not count as a source when providers are looked for."""
+        for d, index in self._places(key):
+            bits = peer.has.get(d.id, (0, None))[1]
+            mask = 0x80 >> (index & 7)
+            if bits is not None and bits[index >> 3] & mask:
+                bits[index >> 3] &= ~mask
+                d.picker.change(index, -1)
+
     def _peer_busy(self, name: str, seconds: float) -> None:
         peer = self._peers.get(name)
         if peer is not None:
             peer.resting_until = self._now + min(max(seconds, 0.05), SNUB_MAX)
+            peer.cancelled.extend(peer.in_flight)  # what it had read already may still come
             self._give_up(peer)
             self._fill_all()
 
@@ -424,12 +457,17 @@ class Swarm:
                     d.received[event.peer] = d.received.get(event.peer, 0) + event.size
                 else:
                     d.duplicate_bytes += event.size
+            others = [name for name in self._requests.get(event.key, ()) if name != event.peer]
             self._here(event.key)
+            for name in others:  # the losers of a race may have nothing else to do
+                self._fill(name)
         if peer is not None:
             self._fill(peer.name)
 
     def _measure(self, peer: _Peer, event: BlockChecked) -> None:
         asked = peer.in_flight.get(event.key)
+        if event.key in peer.cancelled:
+            peer.cancelled.remove(event.key)  # it may come once, not again and again
         peer.heard = self._now
         peer.score = min(peer.score + 1, GOOD_SCORE_CAP)
         peer.snub = SNUB_FIRST
@@ -448,6 +486,8 @@ class Swarm:
         if request is None:
             return
         peer.in_flight_bytes -= request[1]
+        if peer.probe is not None and peer.probe[0] == key:
+            peer.probe = None
         asked = self._requests.get(key, [])
         if peer.name in asked:
             asked.remove(peer.name)
@@ -467,8 +507,9 @@ class Swarm:
                 continue
             d.picker.put_back(index)
             for peer in self._peers.values():
-                if d.id in peer.dry and peer.can_have(d, index):
-                    peer.fresh.setdefault(d.id, deque()).append(index)
+                if (d.id in peer.dry or key in peer.holds) and peer.can_have(d, index):
+                    waiting = peer.fresh.setdefault(d.id, deque())
+                    waiting.appendleft(index) if d.order is Order.SEQUENTIAL else waiting.append(index)
 
     # Choosing
 
@@ -509,10 +550,12 @@ class Swarm:
             bits = bit_test(peer.has[d.id][1])
             lacks = peer.lacks
             has = (lambda i: bits(i) and d.keys[i] not in lacks) if lacks else bits
-            index = d.picker.pick(has)
-            if index is not None:
-                return index
-            peer.dry.add(d.id)
+            try:
+                return d.picker.pick(has)
+            except Scattered:
+                peer.dry.add(d.id)
+                held = peer.fresh.get(d.id, ())
+                peer.fresh[d.id] = deque(chain(d.picker.all_of(has), held))
         fresh = peer.fresh.get(d.id)
         while fresh:
             index = fresh.popleft()
@@ -527,7 +570,8 @@ class Swarm:
             if other is not d:
                 other.picker.drop(place)
         if not peer.in_flight:
-            peer.window.began(self._now)
+            if peer.answered != self._now:  # else it was busy until this very moment
+                peer.window.began(self._now)
             peer.heard = self._now
             peer.probe = (key, self._now)
         peer.in_flight[key] = (self._now, d.sizes[index])
@@ -537,7 +581,7 @@ class Swarm:
 
     def _endgame(self, peer: _Peer, downloads: Sequence[_Download]) -> None:
         """Nothing is left to ask for: ask an idle peer for the oldest block that one other peer still owes."""
-        if any(len(d.picker) for d in downloads):
+        if self._pickable():
             return
         patience = max(2 * peer.window.mean, ENDGAME_RECHECK)
         for key, asked in islice(self._requests.items(), ENDGAME_SCAN):
@@ -551,12 +595,27 @@ class Swarm:
                     self._ask(peer, d, index)
                     return
 
+    def _pickable(self) -> bool:
+        """Whether anything can still be asked for. Blocks that nobody has must not keep the endgame from beginning."""
+        for d in self._downloads.values():
+            rarest = d.picker.rarest_of_all()
+            if len(d.picker) > len(rarest):
+                return True
+            sources = self._sources(d)
+            if any(peer.can_have(d, index) for peer in sources for index in islice(rarest, ENDGAME_SCAN)):
+                return True
+        return False
+
+    def _sources(self, d: _Download) -> list[_Peer]:
+        """Peers that may have blocks of `d` which `Picker.availability` does not count."""
+        return [p for p in self._peers.values() if p.holds or (d.id in p.has and p.has[d.id][1] is None)]
+
     def _flush(self) -> list[Action]:
         actions, self._actions = self._actions, []
         for (name, priority), keys in self._asks.items():
             # A block may have been asked for and taken back within one event.
             peer = self._peers.get(name)
-            kept = tuple(key for key in keys if peer is not None and key in peer.in_flight)
+            kept = tuple(key for key in dict.fromkeys(keys) if peer is not None and key in peer.in_flight)
             actions.extend(Request(name, kept[i : i + MAX_IDS], priority) for i in range(0, len(kept), MAX_IDS))
         self._asks.clear()
         return actions
@@ -595,12 +654,13 @@ class Swarm:
 
     def _unavailable(self, d: _Download, limit: int) -> list[int]:
         """Blocks wanted that no peer here is known to have."""
-        sources = [p for p in self._peers.values() if p.holds or p.has.get(d.id, (0, b""))[1] is None]
-        missing = (
-            index
-            for index in d.picker
-            if not d.picker.availability(index) and not any(peer.can_have(d, index) for peer in sources)
-        )
+        sources = self._sources(d)
+        suspects: Iterable[int] = d.picker.rarest_of_all()
+        whole = [p.lacks for p in sources if d.id in p.has and p.has[d.id][1] is None]
+        if whole:  # then only what it turned out to lack can be missing: not worth a walk over everything
+            lacks = (d.index.get(key) for key in min(whole, key=len))
+            suspects = (i for i in lacks if i is not None and i in d.picker and not d.picker.availability(i))
+        missing = (index for index in suspects if not any(peer.can_have(d, index) for peer in sources))
         return list(islice(missing, limit))
 
 

@@ -14,7 +14,8 @@ from dataclasses import dataclass, field
 from protocols.exchange.messages import MAX_IDS, Priority
 
 QUANTUM = 1 << 20  # one chunk of the largest usual size per turn
-MAX_QUEUED = 8 << 20  # bytes read for a peer and not yet taken by its connection
+MAX_QUEUED = 2 << 20  # bytes read for one peer and not yet taken by its connection: 160 ms at 100 Mbit/s
+MAX_QUEUED_TOTAL = 64 << 20  # the same over all peers
 LOOK_AHEAD = 64  # chunks compared for the least-sent one; bounds the work per choice
 SENT_MEMORY = 1 << 20
 
@@ -35,10 +36,11 @@ class Uploads:
     def __init__(self) -> None:
         self._clients: dict[str, _Client] = {}
         self._turns: list[str] = []
+        self._queued = 0
         self._sent: dict[bytes, int] = {}
 
     def want(self, peer: str, keys: Sequence[bytes], priority: Priority) -> bool:
-        """Queue `keys` for a peer. False if it already has more than `MAX_IDS` waiting: answer BUSY."""
+        """Queue `keys` for a peer. False if more than `2 * MAX_IDS` would wait, and all were dropped: answer BUSY."""
         client = self._clients.get(peer)
         if client is None:
             client = self._clients[peer] = _Client()
@@ -48,6 +50,8 @@ class Uploads:
                 queue.clear()
             return False
         for key in keys:
+            for queue in client.wants.values():  # asked again at another priority: it moves
+                queue.pop(key, None)
             client.wants[priority][key] = None
         return True
 
@@ -59,11 +63,15 @@ class Uploads:
                     queue.pop(key, None)
 
     def leave(self, peer: str) -> None:
-        if self._clients.pop(peer, None) is not None:
+        client = self._clients.pop(peer, None)
+        if client is not None:
             self._turns.remove(peer)
+            self._queued -= client.queued
 
     def next(self) -> tuple[str, bytes] | None:
         """Whose turn it is and what to send; None when nobody waits or has room. Call `queued` with its size."""
+        if self._queued >= MAX_QUEUED_TOTAL:
+            return None
         for priority in Priority:
             ready = [
                 peer
@@ -74,10 +82,14 @@ class Uploads:
                 continue
             peer = next((peer for peer in ready if self._clients[peer].deficit > 0), None)
             if peer is None:
+                # As many rounds as it takes, or chunks larger than the quantum would pile up a debt that lasts.
+                rounds = -max(self._clients[other].deficit for other in ready) // QUANTUM + 1
                 for other in ready:
-                    self._clients[other].deficit += QUANTUM
-                peer = next((peer for peer in ready if self._clients[peer].deficit > 0), ready[0])
-            key = self._least_sent(self._clients[peer].wants[priority])
+                    self._clients[other].deficit += rounds * QUANTUM
+                peer = next(peer for peer in ready if self._clients[peer].deficit > 0)
+            wants = self._clients[peer].wants[priority]
+            # Somebody who waits for this very chunk waits for them in order.
+            key = next(iter(wants)) if priority is Priority.INTERACTIVE else self._least_sent(wants)
             del self._clients[peer].wants[priority][key]
             return peer, key
         return None
@@ -101,6 +113,7 @@ class Uploads:
         if client is None:
             return
         client.queued += size
+        self._queued += size
         client.deficit -= size
         if client.deficit <= 0:
             self._turns.remove(peer)
@@ -111,6 +124,7 @@ class Uploads:
         client = self._clients.get(peer)
         if client is not None:
             client.queued -= size
+            self._queued -= size
 
     def waiting(self, peer: str) -> int:
         """Blocks a peer still waits for."""

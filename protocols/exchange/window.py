@@ -67,9 +67,9 @@ class Window:
             self.size = min(max(START_WINDOW, self.rate * max(4 * self.rtt, HORIZON)), MAX_WINDOW)
 
     def timed_out(self) -> None:
-        """The peer stalled: begin again from the smallest window."""
+        """The peer stalled: begin again from the smallest window, and grow it again (TCP does so after a time-out)."""
         self.size = START_WINDOW / 2
-        self.starting = False
+        self.starting = True
         self.rate /= 2
 
     @property
