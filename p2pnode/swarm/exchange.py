@@ -17,7 +17,7 @@ from typing import Protocol
 import trio
 import zstandard
 
-from p2pnode.errors import PeerUnreachable, RemoteError, StoreError, UsageError
+from p2pnode.errors import NodeError, PeerUnreachable, RemoteError, StoreError, UsageError
 from p2pnode.net.transport import Buffer, Stream, Transport
 from p2pnode.store import Store
 from p2pnode.swarm.holdings import Holdings
@@ -36,6 +36,7 @@ HAVE_INTERVAL = 0.1  # DESIGN 4: HAVEs are batched, or a swarm of N pays N frame
 UPLOAD_WORKERS = 2
 RETRY_BUSY_MS = 1000
 MAX_SESSIONS = 500
+MAX_AVAILABILITIES = 64  # per image and session; it is sent once, and again when the provider loses something
 
 Finder = Callable[[CID, Sequence[bytes]], Awaitable[dict[str, list[bytes]]]]
 
@@ -46,7 +47,7 @@ class Sink(Protocol):
     def accept_many(self, blocks: Sequence[tuple[bytes, Buffer]]) -> list[bool]:
         """Check blocks against their keys and keep the good ones; False for each that does not match its key.
 
-        Raises `StoreError` if they cannot be kept."""
+        Raises a `NodeError`, which ends the download, if they cannot be kept."""
 
 
 @dataclass
@@ -59,11 +60,11 @@ class Download:
     sink: Sink
     on_arrival: Callable[[list[bytes]], None]
     done: trio.Event = field(default_factory=trio.Event)
-    failure: StoreError | None = None
+    failure: NodeError | None = None
     last: DownloadStats | None = None
 
     async def wait(self) -> None:
-        """Until every block is here. Raises the `StoreError` that stopped it."""
+        """Until every block is here. Raises the error that stopped it."""
         await self.done.wait()
         if self.failure is not None:
             raise self.failure
@@ -102,6 +103,7 @@ class Exchange:
         self._downloads: dict[bytes, Download] = {}
         self._bans: dict[str, float] = {}
         self._answers: dict[tuple[CID, str], bool] = {}
+        self._repeats: dict[tuple[CID, str], int] = {}
         self._received: dict[str, int] = {}
         self._sent: dict[str, int] = {}
         self._timer_changed = trio.Event()
@@ -228,6 +230,7 @@ class Exchange:
         del self._sessions[session.peer]
         self._uploads.leave(session.peer)
         self._answers = {key: known for key, known in self._answers.items() if key[1] != session.peer}
+        self._repeats = {key: times for key, times in self._repeats.items() if key[1] != session.peer}
         self._handle(ev.PeerLeft(session.peer))
         self._left.set()
 
@@ -268,6 +271,11 @@ class Exchange:
         root = message.root
         if not any(download.root == root for download in self._downloads.values()):
             return  # crossed with our loss of interest
+        repeated = self._repeats.get((root, peer), 0)
+        self._repeats[root, peer] = repeated + 1
+        if repeated >= MAX_AVAILABILITIES:  # each costs a walk over its bits
+            self._handle(ev.PeerMisbehaved(peer, 2, "repeats what it has over and over"))
+            return
         known = message.count > 0 or message.bits is not None
         self._answers[root, peer] = known
         self._answered.set()
@@ -304,7 +312,7 @@ class Exchange:
                 continue
             try:
                 verdicts = await trio.to_thread.run_sync(_accept, download.sink, batch)
-            except StoreError as exc:
+            except NodeError as exc:
                 self._fail(download, exc)
                 continue
             self._received[peer] = self._received.get(peer, 0) + sum(block.size for block in batch)
@@ -428,10 +436,11 @@ class Exchange:
             self._handle(ev.RemoveDownload(id))
             if not any(other.root == root for other in self._downloads.values()):
                 self._answers = {key: known for key, known in self._answers.items() if key[0] != root}
+                self._repeats = {key: times for key, times in self._repeats.items() if key[0] != root}
                 for session in self._sessions.values():
                     session.send(m.Interest(root, active=False))
 
-    def _fail(self, download: Download, error: StoreError) -> None:
+    def _fail(self, download: Download, error: NodeError) -> None:
         if not download.done.is_set():
             download.failure = error
             download.last = self._swarm.stats(download.id)

@@ -109,10 +109,18 @@ class _ManifestSink:
 class _ChunkSink:
     """Hands chunks to the landing."""
 
-    def __init__(self, landing: Landing) -> None:
+    def __init__(self, image: Image, landing: Landing) -> None:
+        self._image = image
         self._landing = landing
 
     def accept_many(self, blocks: Sequence[tuple[bytes, Buffer]]) -> list[bool]:
+        for key, data in blocks:
+            expected = self._image.chunks[key[CID_SIZE - DIGEST_SIZE :]]
+            if len(data) != expected and CID.from_bytes(key).matches(data):
+                # Whoever made the image is to blame, not the peer that sent what was asked for.
+                raise VerificationFailed(
+                    f"image {self._image.id} is not valid: it says that a chunk of {len(data)} bytes has {expected}"
+                )
         return self._landing.accept_many([(key[CID_SIZE - DIGEST_SIZE :], data) for key, data in blocks])
 
 
@@ -297,7 +305,7 @@ class Fetcher:
                     [chunk_key(digest) for digest in digests],
                     list(image.chunks.values()),
                     bytes(here),
-                    _ChunkSink(landing),
+                    _ChunkSink(image, landing),
                     arrivals.arrived,
                 ) as download,
                 trio.open_nursery() as nursery,

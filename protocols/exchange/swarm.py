@@ -451,6 +451,8 @@ class Swarm:
                 self._ban(peer, "sent a chunk that does not match its hash")
                 return
             self._measure(peer, event)
+            if needed:  # others were not hashed, so they prove nothing
+                peer.score = min(peer.score + 1, GOOD_SCORE_CAP)
         if event.good:
             for d, _ in self._places(event.key):
                 if needed:
@@ -469,7 +471,6 @@ class Swarm:
         if event.key in peer.cancelled:
             peer.cancelled.remove(event.key)  # it may come once, not again and again
         peer.heard = self._now
-        peer.score = min(peer.score + 1, GOOD_SCORE_CAP)
         peer.snub = SNUB_FIRST
         peer.resting_until = 0.0
         if asked is not None:

@@ -1,0 +1,229 @@
+"""The node's settings: defaults, then config.toml in the home, then the environment, then the command line.
+
+A plain dataclass and tomllib: importing pydantic-settings alone costs 0.3 s of the 0.4 s `p2pnode --help` may take.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+import tomllib
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from p2pnode.errors import ConfigError, UsageError
+from p2pnode.net import addresses
+
+DEFAULT_LISTEN = ("/ip4/0.0.0.0/tcp/4747",)
+MIN_CHUNK, MAX_CHUNK = 4096, 4 << 20  # what a manifest may name as fixed sizes (protocols.manifest, slow to import)
+MAX_CONFIG_BYTES = 1 << 20
+MAX_LIST = 256
+LOG_LEVELS = ("debug", "info", "warning", "error")
+_BOOLEANS = {"1": True, "true": True, "yes": True, "on": True, "0": False, "false": False, "no": False, "off": False}
+
+ENV_PREFIX = "P2PNODE_"
+OLD_NAMES = {
+    "NIX_IMAGE_CACHE_DIR": "home",
+    "NIX_IMAGE_CHUNK_SIZE": "chunk_size",
+    "NIX_IMAGE_GC_AGE_DAYS": "gc_age_days",
+    "NIX_IMAGE_GC_MIN_COPIES": "gc_min_copies",
+}
+"""Environment variables of this program's predecessor; the new name wins over the old one."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Config:
+    """All settings, checked. Made by `load`."""
+
+    home: Path
+    listen: tuple[str, ...] = DEFAULT_LISTEN  # multiaddresses to listen on
+    announce: tuple[str, ...] = ()  # addresses that lead here though the machine does not know them (forwarded ports)
+    bootstrap: tuple[str, ...] = ()  # multiaddresses with /p2p/<peer id> of nodes to join the network through
+    mdns: bool = True  # find nodes on the local network
+    dht: bool = True  # take part in the DHT
+    chunk_size: int = 0  # bytes; 0 cuts by content (FastCDC), anything else at fixed distances
+    gc_age_days: int = 30
+    gc_min_copies: int = 2
+    nix_store: Path | None = None  # root of a chroot store: its paths lie in <root>/nix/store
+    log_level: str = "warning"
+    announce_rate: int = 1 << 20  # bytes per second of announcements to one peer
+    given: frozenset[str] = frozenset()  # the keys that some source set, as opposed to left at the default
+
+
+def load(
+    home: Path | None = None,
+    overrides: Mapping[str, object] | None = None,
+    environ: Mapping[str, str] | None = None,
+) -> Config:
+    """The settings of this node.
+
+    `home` and `overrides` come from the command line (keys of `Config`; None values mean "not given"), `environ` is
+    os.environ unless given. Raises `ConfigError` naming the source and the key.
+    """
+    environ = os.environ if environ is None else environ
+    values: dict[str, Any] = {}
+    from_environ = dict(_from_environ(environ))
+    chosen_home = home if home is not None else from_environ.pop("home", None) or default_home(environ)
+    values["home"] = Path(os.path.abspath(Path(chosen_home).expanduser()))
+    from_environ.pop("home", None)
+    values |= _from_file(values["home"] / "config.toml")
+    values |= from_environ
+    for key, value in (overrides or {}).items():
+        if value is not None:
+            values[key] = _check(key, value, "the command line", key)
+    return Config(**values, given=frozenset(values))
+
+
+def default_home(environ: Mapping[str, str]) -> Path:
+    """Where a node lives when nobody says: /var/lib/p2pnode for root, else in the user's data directory.
+
+    https://specifications.freedesktop.org/basedir-spec/latest/
+    """
+    if os.geteuid() == 0:
+        return Path("/var/lib/p2pnode")
+    data = environ.get("XDG_DATA_HOME", "")
+    return (Path(data) if data.startswith("/") else Path("~/.local/share").expanduser()) / "p2pnode"
+
+
+def _from_file(path: Path) -> dict[str, Any]:
+    try:
+        with path.open("rb") as file:
+            raw = file.read(MAX_CONFIG_BYTES + 1)
+    except (FileNotFoundError, NotADirectoryError):
+        return {}
+    except OSError as exc:
+        raise ConfigError(f"{path} cannot be read: {exc.strerror}") from exc
+    if len(raw) > MAX_CONFIG_BYTES:
+        raise ConfigError(f"{path} is larger than {MAX_CONFIG_BYTES} bytes, which no configuration needs")
+    try:
+        table = tomllib.loads(raw.decode())
+    except UnicodeDecodeError as exc:
+        raise ConfigError(f"{path} is not UTF-8 text") from exc
+    except (tomllib.TOMLDecodeError, RecursionError) as exc:
+        raise ConfigError(f"{path} is not valid TOML: {exc}") from exc
+    values: dict[str, Any] = {}
+    for key, value in table.items():
+        if key == "home":
+            raise ConfigError(f"{path}: 'home' cannot be set in the home itself; use --home or P2PNODE_HOME")
+        if key not in _KEYS:
+            raise ConfigError(f"{path}: unknown key {key!r}{_nearest(key, _KEYS)}")
+        values[key] = _check(key, value, str(path), key)
+    return values
+
+
+def _from_environ(environ: Mapping[str, str]) -> Iterable[tuple[str, Any]]:
+    for name, key in OLD_NAMES.items():
+        if environ.get(name):
+            yield key, _check(key, _from_text(key, environ[name]), "the environment", name)
+    known = {ENV_PREFIX + key.upper(): key for key in _KEYS}
+    for name, text in environ.items():
+        if name in known:
+            if text:  # an empty variable counts as unset, as in most shells' habits
+                yield known[name], _check(known[name], _from_text(known[name], text), "the environment", name)
+        elif name.startswith(ENV_PREFIX) and (nearest := _nearest(name, known)):
+            # Only near misses are refused: others have P2PNODE_ variables too (Kubernetes sets P2PNODE_PORT in every
+            # pod beside a service called p2pnode).
+            raise ConfigError(f"the environment: unknown variable {name!r}{nearest}")
+
+
+def _from_text(key: str, text: str) -> object:
+    """An environment variable's text as TOML would have given it; text that does not fit is left for the check."""
+    kind = _KEYS[key].kind
+    if kind is list:
+        return text.replace(",", " ").split()
+    if kind is bool:
+        return _BOOLEANS.get(text.strip().lower(), text)
+    if kind is int:
+        digits = text.strip()
+        return int(digits) if digits.isascii() and digits.isdigit() and len(digits) < 20 else text
+    return text
+
+
+def _check(key: str, value: object, source: str, name: str) -> Any:
+    """`value` in the form `Config` holds it. Raises `ConfigError`."""
+    if key not in _KEYS:
+        raise ConfigError(f"{source}: unknown key {name!r}{_nearest(key, _KEYS)}")
+    try:
+        return _KEYS[key].check(value)
+    except (ValueError, UsageError) as exc:
+        raise ConfigError(f"{source}: {name} is {_brief(value)}, but {exc}") from None
+
+
+def _brief(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else text[:77] + "..."
+
+
+def _nearest(key: str, known: Iterable[str]) -> str:
+    near = difflib.get_close_matches(key, list(known), n=1, cutoff=0.75)
+    return f"; did you mean {near[0]!r}?" if near else ""
+
+
+def _boolean(value: object) -> bool:
+    if not isinstance(value, bool):
+        raise ValueError("must be true or false")
+    return value
+
+
+def _integer(low: int, high: int, unit: str, also: int | None = None) -> Callable[[object], int]:
+    alternative = "" if also is None else f", or {also}"
+
+    def check(value: object) -> int:
+        if not isinstance(value, int) or isinstance(value, bool) or not (low <= value <= high or value == also):
+            raise ValueError(f"must be a whole number of {unit} from {low} to {high}{alternative}")
+        return value
+
+    return check
+
+
+def _list(check_each: Callable[[str], object]) -> Callable[[object], tuple[str, ...]]:
+    def check(value: object) -> tuple[str, ...]:
+        if not isinstance(value, list | tuple) or not all(isinstance(each, str) for each in value):
+            raise ValueError("must be a list of multiaddresses")
+        if len(value) > MAX_LIST:
+            raise ValueError(f"must have at most {MAX_LIST} entries")
+        for each in value:
+            check_each(each)
+        return tuple(value)
+
+    return check
+
+
+def _with_peer(text: str) -> None:
+    if addresses.parse(text).peer is None:
+        raise UsageError(f"address {text!r} must end in /p2p/<peer id>")
+
+
+def _directory(value: object) -> Path:
+    if not isinstance(value, str | Path) or not str(value) or "\0" in str(value):
+        raise ValueError("must be the path of a directory")
+    return Path(os.path.abspath(Path(value).expanduser()))
+
+
+def _log_level(value: object) -> str:
+    if not isinstance(value, str) or value.lower() not in LOG_LEVELS:
+        raise ValueError(f"must be one of {', '.join(LOG_LEVELS)}")
+    return value.lower()
+
+
+class _Key(NamedTuple):
+    kind: type  # what an environment variable's text is turned into before the check
+    check: Callable[[object], Any]
+
+
+_KEYS: dict[str, _Key] = {
+    "home": _Key(str, _directory),
+    "listen": _Key(list, _list(addresses.parse_listen)),
+    "announce": _Key(list, _list(addresses.parse)),
+    "bootstrap": _Key(list, _list(_with_peer)),
+    "mdns": _Key(bool, _boolean),
+    "dht": _Key(bool, _boolean),
+    "chunk_size": _Key(int, _integer(MIN_CHUNK, MAX_CHUNK, "bytes", also=0)),
+    "gc_age_days": _Key(int, _integer(0, 36_500, "days")),
+    "gc_min_copies": _Key(int, _integer(0, 1_000, "copies")),
+    "nix_store": _Key(str, _directory),
+    "log_level": _Key(str, _log_level),
+    "announce_rate": _Key(int, _integer(1 << 10, 1 << 30, "bytes per second")),
+}
