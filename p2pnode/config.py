@@ -24,6 +24,7 @@ LOG_LEVELS = ("debug", "info", "warning", "error")
 _BOOLEANS = {"1": True, "true": True, "yes": True, "on": True, "0": False, "false": False, "no": False, "off": False}
 
 ENV_PREFIX = "P2PNODE_"
+COMMAND_VARIABLES = ("P2PNODE_JSON", "P2PNODE_QUIET")  # of the command line, not of the node
 OLD_NAMES = {
     "NIX_IMAGE_CACHE_DIR": "home",
     "NIX_IMAGE_CHUNK_SIZE": "chunk_size",
@@ -122,10 +123,13 @@ def _from_environ(environ: Mapping[str, str]) -> Iterable[tuple[str, Any]]:
         if name in known:
             if text:  # an empty variable counts as unset, as in most shells' habits
                 yield known[name], _check(known[name], _from_text(known[name], text), "the environment", name)
-        elif name.startswith(ENV_PREFIX) and (nearest := _nearest(name, known)):
+        elif name.startswith(ENV_PREFIX) and name not in COMMAND_VARIABLES:
             # Only near misses are refused: others have P2PNODE_ variables too (Kubernetes sets P2PNODE_PORT in every
             # pod beside a service called p2pnode).
-            raise ConfigError(f"the environment: unknown variable {name!r}{nearest}")
+            if near := difflib.get_close_matches(name.removeprefix(ENV_PREFIX).lower(), _KEYS, n=1, cutoff=0.8):
+                raise ConfigError(
+                    f"the environment: unknown variable {name!r}; did you mean {ENV_PREFIX + near[0].upper()!r}?"
+                )
 
 
 def _from_text(key: str, text: str) -> object:

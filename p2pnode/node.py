@@ -1,6 +1,6 @@
 """The node: composes store, network, discovery and exchange; the public Python API.
 
-    async with Node.open(config, daemon=False) as node:
+    async with Node.open(config) as node:
         result = await node.provide("/srv/images/web.img", kind=None, name=None, report=silent)
         print(result["link"])
 
@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import trio
 
-from p2pnode import __version__, control, home, link, local
+from p2pnode import __version__, home, link, local
 from p2pnode.config import Config
 from p2pnode.errors import RemoteError, UsageError
 from p2pnode.images.importer import import_path
@@ -63,19 +63,13 @@ class Node:
 
     @classmethod
     @asynccontextmanager
-    async def open(cls, config: Config, *, daemon: bool) -> AsyncIterator[Node]:
+    async def open(cls, config: Config) -> AsyncIterator[Node]:
         """Lock the home, open the store, listen, and find peers. Raises HomeLocked, StoreError, NotListening."""
         with home.lock(config.home) as place:
             store = await trio.to_thread.run_sync(Store.open, place.root)
             try:
                 async with cls._networked(config, place, store) as node:
-                    if daemon:
-                        async with trio.open_nursery() as nursery:
-                            await nursery.start(control.serve, place.control_socket, node)
-                            yield node
-                            nursery.cancel_scope.cancel()
-                    else:
-                        yield node
+                    yield node
             finally:
                 with trio.CancelScope(shield=True):
                     await trio.to_thread.run_sync(store.close)

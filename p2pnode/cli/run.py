@@ -1,0 +1,45 @@
+"""`p2pnode run`: the daemon."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from p2pnode.cli import options, text
+from p2pnode.cli.app import App, pass_app
+from p2pnode.errors import HomeLocked
+
+if TYPE_CHECKING:
+    from p2pnode.node import Node
+
+
+@click.command(short_help="Run the node of this machine until it is stopped.")
+@options.network
+@pass_app
+def run(app: App, listen: tuple[str, ...], bootstrap: tuple[str, ...], no_mdns: bool) -> None:
+    """Run the node of this machine until it is stopped (Ctrl-C or SIGTERM).
+
+    It serves all images it holds. While it runs, the other commands on the same home go through it.
+
+    \b
+    Examples:
+      p2pnode run
+      p2pnode run --listen /ip4/0.0.0.0/tcp/4747 --bootstrap /ip4/192.0.2.7/tcp/4747/p2p/12D3KooW...
+    """
+    config = app.load(listen=listen, bootstrap=bootstrap, mdns=False if no_mdns else None)
+    if app.daemon(config) is not None:
+        raise HomeLocked(f"a node is running on {config.home} already; `p2pnode status` shows it")
+
+    async def serve(node: Node) -> None:
+        import trio
+
+        app.emit({"peer_id": node.peer_id, "addrs": node.addrs()}, _human)
+        await trio.sleep_forever()
+
+    app.run_node(config, serve, serving=True)
+
+
+def _human(result: dict[str, Any]) -> str:
+    lines = [f"running as {text.safe(result['peer_id'])}; stop with Ctrl-C", "others reach this node at:"]
+    return "\n".join([*lines, *(f"  {text.safe(addr)}" for addr in result["addrs"])])

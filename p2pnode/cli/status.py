@@ -1,0 +1,62 @@
+"""`p2pnode status`: how the node is."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from p2pnode.cli import text
+from p2pnode.cli.app import App, pass_app
+
+if TYPE_CHECKING:
+    from p2pnode.config import Config
+    from p2pnode.store import Store
+
+
+@click.command(short_help="Show how the node and its store are.")
+@pass_app
+def status(app: App) -> None:
+    """Show how the node and its store are, and what is wrong with the originals they point to.
+
+    \b
+    Examples:
+      p2pnode status
+      p2pnode --json status | jq .problems
+    """
+    config = app.load()
+    for row in app.ask(config, "status", {}, lambda store, _: [_without_node(config, store)]):
+        app.emit(row, _human)
+
+
+def _without_node(config: Config, store: Store) -> dict[str, Any]:
+    from p2pnode import __version__, local
+
+    return {
+        "running": False,
+        "version": __version__,
+        "home": str(config.home),
+        "store": local.statistics(store.stats()),
+        "problems": [local.problem(each) for each in store.problems()],
+    }
+
+
+def _human(row: dict[str, Any]) -> str:
+    store = row["store"]
+    pairs = [("home", row["home"]), ("version", row["version"])]
+    if "peer_id" in row:
+        pairs += [("peer id", row["peer_id"]), *(("address", addr) for addr in row["addrs"])]
+        pairs += [("up for", text.duration(row["uptime"])), ("peers", str(row["peers"]))]
+        pairs += [("fetching", image) for image in row.get("fetching", ())]
+        pairs += [("banned", f"{peer}, for {left} s more") for peer, left in row.get("banned", {}).items()]
+    else:
+        pairs.append(("node", "not running; start it with `p2pnode run`"))
+    incomplete = store["images"] - store["complete_images"]
+    pairs += [
+        ("images", f"{store['images']}" + (f" ({incomplete} incomplete)" if incomplete else "")),
+        ("in the store", text.size(store["owned_bytes"])),
+        ("in your files", text.size(store["referenced_bytes"])),
+        ("free on disk", text.size(store["free_bytes"])),
+    ]
+    pairs += [("problem", f"{each['path']}: {each['reason']}") for each in row["problems"]]
+    return text.fields(pairs)

@@ -1,0 +1,177 @@
+"""What can be asked of a store without any network, as the plain dicts that the command line prints with --json.
+
+Blocking: embedded commands call these directly, the node calls them in worker threads.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from p2pnode import link
+from p2pnode.errors import NotFound, UsageError, VerificationFailed
+from p2pnode.progress import Progress, Report
+
+if TYPE_CHECKING:
+    from p2pnode.config import Config
+    from p2pnode.images.importer import Imported
+    from p2pnode.store import Store
+    from p2pnode.store.records import ImageRecord, Problem, StoreStatistics
+
+MAX_BAD_NAMED = 3  # damaged objects that an error message names
+PROBABLY_AN_ID = 50  # characters of [a-z2-7] that are meant as an id, not as a name
+
+Result = dict[str, Any]
+
+
+def images(store: Store) -> list[Result]:
+    """Every image in the catalog, newest first; the fields are those of `show` without the objects."""
+    return [_record(record) for record in sorted(store.images(), key=lambda each: each.added, reverse=True)]
+
+
+def show(store: Store, spec: str) -> Result:
+    """One image by id, unambiguous id prefix (8 characters or more), link or name. Sizes in bytes, times in s since 1970.
+
+    {"image", "name", "kind", "bytes", "chunks", "chunk_bytes", "held_chunks", "held_bytes", "complete", "origin",
+    "path", "added", "last_used", "pinned", "attributes", "objects": [{"path", "bytes", "chunks", "nar_hash" or
+    "file_hash", "references"}]}. Raises `NotFound`, `UsageError`.
+    """
+    record = find(store, spec)
+    image = store.image(record.id)
+    if image is None:
+        raise NotFound(f"the manifest of image {record.id} is not here yet; fetch it again to complete it")
+    objects = []
+    for each in image.objects:
+        row: Result = {"path": each.path, "bytes": each.size, "chunks": len(each.layout.digests)}
+        if each.nar_hash is not None:
+            row["nar_hash"] = f"sha256:{each.nar_hash.hex()}"
+        if each.file_hash is not None:
+            row["file_hash"] = f"blake3:{each.file_hash.hex()}"
+        row["references"] = [image.objects[index].path for index in each.references]
+        objects.append(row)
+    return _record(record) | {"attributes": _plain(image.attributes), "objects": objects}
+
+
+def verify(store: Store, spec: str, report: Report) -> Result:
+    """Read an image again, every byte: {"image", "name", "ok": true, "chunks", "bytes", "seconds"}.
+
+    Raises `VerificationFailed` naming what is damaged, `NotFound`, `UsageError`.
+    """
+    record = find(store, spec)
+    began = time.monotonic()
+    outcome = store.verify(record.id, lambda done, total: report(Progress("verifying", done, total)))
+    if not outcome.ok:
+        named = "; ".join(f"{bad.path}: {bad.reason}" for bad in outcome.bad[:MAX_BAD_NAMED])
+        more = f"; and {len(outcome.bad) - MAX_BAD_NAMED} more" if len(outcome.bad) > MAX_BAD_NAMED else ""
+        raise VerificationFailed(
+            f"image {record.name or record.id} is damaged ({named}{more}); fetch it again to repair it, "
+            "or provide the original again"
+        )
+    return {
+        "image": str(record.id),
+        "name": record.name,
+        "ok": True,
+        "chunks": outcome.chunks,
+        "bytes": outcome.bytes,
+        "seconds": round(time.monotonic() - began, 3),
+    }
+
+
+def remove(store: Store, spec: str) -> tuple[Result, list[bytes]]:
+    """Forget an image; the user's own files stay.
+
+    Returns {"image", "name", "chunks" (no longer held), "freed_bytes"} and those chunks' digests, to be withdrawn.
+    """
+    record = find(store, spec)
+    before = store.stats().owned_bytes
+    gone = store.remove_image(record.id)
+    freed = max(0, before - store.stats().owned_bytes)
+    return {"image": str(record.id), "name": record.name, "chunks": len(gone), "freed_bytes": freed}, gone
+
+
+def find(store: Store, spec: str) -> ImageRecord:
+    """The one image meant by `spec`. Raises `NotFound`, or `UsageError` when it is malformed or ambiguous."""
+    text = spec.strip()
+    if text.startswith(link.SCHEME):
+        text = str(link.parse(text).image)
+    found = store.find(text)
+    if len(found) > 1:
+        ids = ", ".join(str(record.id)[:20] + "..." for record in found[:5])
+        raise UsageError(f"{spec!r} names {len(found)} images ({ids}); give the id of one of them")
+    if found:
+        return found[0]
+    if len(text) >= PROBABLY_AN_ID and text.startswith("b") and text.isalnum():
+        link.parse_image_id(text)  # a mistyped id is told as such
+    raise NotFound(f"no image {spec!r} is here; `p2pnode images` lists those that are")
+
+
+def provide(store: Store, config: Config, path: str, *, kind: str | None, name: str | None, report: Report) -> Result:
+    """Import `path` without serving it: the result of `provide`, its link naming no peers."""
+    from p2pnode.images.importer import import_path
+    from protocols.manifest import FASTCDC, Chunking, Kind
+
+    began = time.monotonic()
+    imported = import_path(
+        store,
+        Path(path),
+        kind=None if kind is None else Kind(kind),
+        name=name,
+        chunking=Chunking.fixed(config.chunk_size) if config.chunk_size else FASTCDC,
+        nix_store=config.nix_store,
+        progress=report,
+    )
+    return provided(imported, link.format(imported.image.id, (), imported.name), time.monotonic() - began)
+
+
+def provided(imported: Imported, link_text: str, seconds: float) -> Result:
+    """The result of `provide` (DESIGN 6)."""
+    return {
+        "image": str(imported.image.id),
+        "link": link_text,
+        "kind": str(imported.image.kind),
+        "name": imported.name,
+        "bytes": imported.bytes,
+        "new_bytes": imported.new_bytes,
+        "chunks": imported.chunks,
+        "seconds": round(seconds, 3),
+    }
+
+
+def statistics(stats: StoreStatistics) -> Result:
+    return asdict(stats)
+
+
+def problem(each: Problem) -> Result:
+    return asdict(each)
+
+
+def _record(record: ImageRecord) -> Result:
+    return {
+        "image": str(record.id),
+        "name": record.name,
+        "kind": str(record.kind),
+        "bytes": record.size,
+        "chunks": record.chunks,
+        "chunk_bytes": record.chunk_bytes,
+        "held_chunks": record.held_chunks,
+        "held_bytes": record.held_bytes,
+        "complete": record.complete,
+        "origin": str(record.origin),
+        "path": record.path,
+        "added": record.added,
+        "last_used": record.last_used,
+        "pinned": record.pinned,
+    }
+
+
+def _plain(value: Any) -> Any:
+    """A manifest's attributes as JSON has them: bytes in hexadecimal, links as text."""
+    if isinstance(value, bytes):
+        return value.hex()
+    if isinstance(value, dict):
+        return {str(key): _plain(each) for key, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(each) for each in value]
+    return value if isinstance(value, str | int | float | bool | None) else str(value)
