@@ -123,13 +123,15 @@ def _from_environ(environ: Mapping[str, str]) -> Iterable[tuple[str, Any]]:
         if name in known:
             if text:  # an empty variable counts as unset, as in most shells' habits
                 yield known[name], _check(known[name], _from_text(known[name], text), "the environment", name)
-        elif name.startswith(ENV_PREFIX) and name not in COMMAND_VARIABLES:
+        elif name.startswith(ENV_PREFIX) and name not in COMMAND_VARIABLES and (nearest := _nearest_variable(name)):
             # Only near misses are refused: others have P2PNODE_ variables too (Kubernetes sets P2PNODE_PORT in every
             # pod beside a service called p2pnode).
-            if near := difflib.get_close_matches(name.removeprefix(ENV_PREFIX).lower(), _KEYS, n=1, cutoff=0.8):
-                raise ConfigError(
-                    f"the environment: unknown variable {name!r}; did you mean {ENV_PREFIX + near[0].upper()!r}?"
-                )
+            raise ConfigError(f"the environment: unknown variable {name!r}; did you mean {nearest!r}?")
+
+
+def _nearest_variable(name: str) -> str | None:
+    near = difflib.get_close_matches(name.removeprefix(ENV_PREFIX).lower(), _KEYS, n=1, cutoff=0.8)
+    return ENV_PREFIX + near[0].upper() if near else None
 
 
 def _from_text(key: str, text: str) -> object:

@@ -32,7 +32,7 @@ def images(store: Store) -> list[Result]:
 
 
 def show(store: Store, spec: str) -> Result:
-    """One image by id, unambiguous id prefix (8 characters or more), link or name. Sizes in bytes, times in s since 1970.
+    """One image by id, unambiguous id prefix (8 characters or more), link or name. Sizes in bytes, times since 1970.
 
     {"image", "name", "kind", "bytes", "chunks", "chunk_bytes", "held_chunks", "held_bytes", "complete", "origin",
     "path", "added", "last_used", "pinned", "attributes", "objects": [{"path", "bytes", "chunks", "nar_hash" or

@@ -32,8 +32,9 @@ from swarmlib.process import FAULTY, LOOPBACK, NODE, Command, Daemon, Home, Swar
 from swarmlib.report import NodeReport, SwarmReport, lower_bound, plot, summary, text
 
 PORT = 4747
-POLL = 0.1
-SAMPLE = 0.5  # a sample asks every node; more often, and asking would be what is measured
+POLL = 0.05
+SAMPLE = 0.5  # s; a sample asks every node: more often, and asking would be what is measured
+SPARSE_SAMPLE = 2.0  # when nobody needs them
 ANNOUNCED_SECONDS = 20.0
 STORE_DIR = "/nix/store/"
 
@@ -47,8 +48,7 @@ class Member:
     lines: Namespaces | None = None
     fetch: Command | None = None
     out: Path | None = None
-    began: float = 0.0
-    done: bool = False
+    ended: float = 0.0
 
     @property
     def number(self) -> int:
@@ -274,7 +274,6 @@ def fetch(run: Run, report: SwarmReport) -> None:
     run.began = time.monotonic()
     for member in run.role("leecher"):
         member.out = run.directory / f"out{member.number}"
-        member.began = time.monotonic()
         member.fetch = member.daemon.begin("fetch", report.image, "-o", str(member.out))
 
 
@@ -282,16 +281,18 @@ def watch(run: Run, report: SwarmReport) -> None:
     """Until all fetches ended: note what everybody holds, and kill whom we were told to."""
     victims = [member for member in run.role("provider") if member.report.fault == "killed"]
     deadline = run.began + run.options.fetch_timeout
+    interval = SAMPLE if victims or run.options.plot is not None else SPARSE_SAMPLE
     next_sample = run.began
     while running := [member for member in run.role("leecher") if not ended(member)]:
         now = time.monotonic()
         if now > deadline:
             for member in running:
+                member.ended = now
                 member.report.error = f"did not complete within {run.options.fetch_timeout:.0f} s"
             break
         if now >= next_sample:
             sample(run, report)
-            next_sample = max(now, next_sample + SAMPLE)
+            next_sample = max(now, next_sample + interval)
             if victims and halfway(run, report):
                 for member in victims:
                     member.measure()
@@ -299,7 +300,6 @@ def watch(run: Run, report: SwarmReport) -> None:
                     run.say(f"killed node {member.number}")
                 victims = []
         time.sleep(POLL)
-    report.seconds = max((member.report.seconds or 0.0) for member in run.role("leecher"))
     sample(run, report)
     if victims:
         run.say("the fetches were over before anybody was killed: take a larger image or a slower --seed-rate")
@@ -307,13 +307,9 @@ def watch(run: Run, report: SwarmReport) -> None:
 
 def ended(member: Member) -> bool:
     """Whether the fetch is over; notes when."""
-    if member.fetch is None or member.done:
-        return True
-    if member.fetch.poll() is None:
-        return False
-    member.done = True
-    member.report.seconds = time.monotonic() - member.began
-    return True
+    if not member.ended and (member.fetch is None or member.fetch.poll() is not None):
+        member.ended = time.monotonic()
+    return bool(member.ended)
 
 
 def sample(run: Run, report: SwarmReport) -> None:
@@ -332,10 +328,15 @@ def halfway(run: Run, report: SwarmReport) -> bool:
 
 
 def collect(run: Run, report: SwarmReport, original: Path) -> None:
-    """Read the results, compare what arrived, and measure."""
+    """Read the results, compare what arrived, and measure.
+
+    A fetch's time is its daemon's own; the swarm's is from the first of these beginnings to the last end. Starting a
+    Python for each command at the same instant is our doing, and no part of either.
+    """
     numbers = {member.report.peer_id: member.number for member in run.members}
     for member in run.members:
         member.measure()
+    began: list[float] = []
     for member in run.role("leecher"):
         assert member.fetch is not None
         if member.fetch.poll() is None:
@@ -347,6 +348,8 @@ def collect(run: Run, report: SwarmReport, original: Path) -> None:
             member.report.error = f"exit code {finished.code}: {error}"
             continue
         result = finished.json
+        member.report.seconds = result["seconds"]
+        began.append(member.ended - result["seconds"])
         member.report.received_bytes = result["received_bytes"]
         member.report.duplicate_bytes = result["duplicate_bytes"]
         member.report.sources = {str(numbers.get(peer, peer)): size for peer, size in result["from"].items()}
@@ -354,6 +357,7 @@ def collect(run: Run, report: SwarmReport, original: Path) -> None:
         assert member.out is not None
         member.report.error = compare(run, report.kind, original, member.out)
         member.report.verified = member.report.error is None
+    report.seconds = round(max(member.ended for member in run.role("leecher")) - min(began, default=run.began), 3)
     for giver in run.members:
         giver.report.uploaded_bytes = sum(node.sources.get(str(giver.number), 0) for node in report.nodes)
     if run.options.rate is not None:

@@ -116,24 +116,24 @@ class App:
 
         async def main() -> T:
             token = trio.lowlevel.current_trio_token()
-            with trio.CancelScope() as scope:
-                stop = lambda: token.run_sync_soon(scope.cancel)  # noqa: E731  a signal handler runs between any two lines
-                with interrupts.winding_down(stop, serving=serving) as ended:
-                    async with Node.open(config) as node, trio.open_nursery() as nursery:
-                        if serving:
-                            await nursery.start(control.serve, Home(config.home).control_socket, node)
-                        result = await command(node)
-                        nursery.cancel_scope.cancel()
-            code = ended()
-            if code is not None:
-                raise interrupts.Interrupted(code)
+            scope = trio.CancelScope()
+
+            def stop() -> None:  # called by a signal handler, between any two lines
+                token.run_sync_soon(scope.cancel)
+
+            with interrupts.winding_down(stop, serving=serving), scope:
+                async with Node.open(config) as node, trio.open_nursery() as nursery:
+                    if serving:
+                        await nursery.start(control.serve, Home(config.home).control_socket, node)
+                    result = await command(node)
+                    nursery.cancel_scope.cancel()
             return result
 
         return trio.run(main)
 
 
 def own_port(config: Config) -> Config:
-    """For a node that lives as long as its command: any port, unless one was asked for, as the usual one is a daemon's."""
+    """For a node that lives as long as its command: any port unless one was asked for; the usual one is a daemon's."""
     return config if "listen" in config.given else replace(config, listen=ANY_PORT)
 
 

@@ -1,4 +1,4 @@
-"""The command's side of the control socket (p2pnode/control.py). Plain blocking sockets: trio costs 0.15 s to import."""
+"""The command's side of the control socket (p2pnode/control.py). Blocking sockets: trio costs 0.15 s to import."""
 
 from __future__ import annotations
 

@@ -54,11 +54,11 @@ def terminal_reset(sequence: bytes) -> Iterator[None]:
 
 
 @contextmanager
-def winding_down(stop: Callable[[], None], *, serving: bool) -> Iterator[Callable[[], int | None]]:
+def winding_down(stop: Callable[[], None], *, serving: bool) -> Iterator[None]:
     """Within this block the first SIGINT, SIGTERM or SIGHUP calls `stop`; a second SIGINT leaves at once.
 
-    Yields a function that says with which exit code to end, None while no signal came. A node that was `serving` has
-    done its work when it is told to stop: exit code 0 for SIGTERM and SIGHUP.
+    Once a signal came the block ends with `Interrupted`, whatever else went wrong while winding down. A node that was
+    `serving` has done its work when it is told to stop: exit code 0 for SIGTERM and SIGHUP.
     """
     import threading
 
@@ -84,11 +84,12 @@ def winding_down(stop: Callable[[], None], *, serving: bool) -> Iterator[Callabl
     if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # nohup stays nohup
         before[signal.SIGHUP] = signal.signal(signal.SIGHUP, handler)
     try:
-        yield lambda: exit_code
+        yield
     finally:
-        if exit_code is None:
-            for signum, previous in before.items():
-                signal.signal(signum, previous)
+        if exit_code is not None:
+            raise Interrupted(exit_code)
+        for signum, previous in before.items():
+            signal.signal(signum, previous)
 
 
 def terminate_quietly() -> None:
@@ -100,6 +101,3 @@ def _leave_now(_signum: int, _frame: FrameType | None) -> None:
     with suppress(OSError, ValueError):
         sys.stdout.flush()
     leave(EXIT_INTERRUPTED)
-
-
-install()

@@ -10,7 +10,7 @@ import click
 
 from p2pnode.cli import display, options, text
 from p2pnode.cli.app import App, absolute, own_port, pass_app, start_logging
-from p2pnode.errors import PathError, UsageError
+from p2pnode.errors import PathError, StreamClosed, UsageError
 
 if TYPE_CHECKING:
     from p2pnode.config import Config
@@ -63,11 +63,13 @@ def provide(
     if daemon is not None:
         for path in full_paths:
             args = {"path": path, "kind": kind, "name": name}
+            connection = daemon if path is full_paths[0] else app.daemon(config)  # a connection carries one request
+            if connection is None:
+                raise StreamClosed(f"the daemon ended before {path} was provided; start it and provide that again")
             with display.progress(app.quiet) as report:
-                results = list(daemon.call("provide", args, report))
+                results = list(connection.call("provide", args, report))
             for result in results:
                 app.emit(result, _human)
-            daemon = app.daemon(config) or daemon  # a connection carries one request
     elif no_serve:
         for result in _import_only(app, config, full_paths, kind, name):
             app.emit(result, _human)

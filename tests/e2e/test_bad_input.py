@@ -150,7 +150,7 @@ def test_an_output_on_a_read_only_disk(nodes: Nodes, tmp_path: Path, tmpfs: Call
 def test_a_home_that_is_in_use(nodes: Nodes) -> None:
     first = nodes.daemon("a")
     finished = nodes.begin("run", home=first.home).wait(20)
-    assert str(first.pid) in assert_refused(finished, 2, "HomeLocked")
+    assert str(first.home.path) in assert_refused(finished, 2, "HomeLocked")
     assert first.running
 
 
