@@ -10,26 +10,22 @@ from tests.interop.link import Link, linked
 from tests.interop.remote import Remote
 
 TEST_TIMEOUT = 60.0  # s
+PEERS = {"js": installation.js_libp2p, "kubo": installation.kubo, "stock": installation.stock_py_libp2p}
 
 
-@pytest.fixture(scope="session")
-def remotes() -> Iterator[dict[str, Remote]]:
-    all_of_them = [
-        Remote("js", installation.js_libp2p),
-        Remote("kubo", installation.kubo, needs_folder=True),
-        Remote("stock", installation.stock_py_libp2p),
-    ]
-    yield {remote.name: remote for remote in all_of_them}
-    for remote in all_of_them:
-        remote.stop()
+@pytest.fixture(scope="session", params=PEERS)
+def installed(request: pytest.FixtureRequest) -> Iterator[Remote]:
+    """A peer of each implementation, its software installed. Skips when there is no way to the registry."""
+    remote = Remote(request.param, PEERS[request.param]())
+    yield remote
+    remote.stop()
 
 
-@pytest.fixture(params=["js", "kubo", "stock"])
-async def remote(request: pytest.FixtureRequest, remotes: dict[str, Remote]) -> Remote:
-    """A running peer of each implementation."""
-    remote: Remote = remotes[request.param]
-    await remote.ensure(remote.install())
-    return remote
+@pytest.fixture
+async def remote(installed: Remote) -> Remote:
+    """The peer, running."""
+    await installed.ensure()
+    return installed
 
 
 @pytest.fixture(params=["we-dial", "they-dial"])

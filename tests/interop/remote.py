@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import subprocess
 import tempfile
-from collections.abc import Callable
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,31 +24,32 @@ class PeerFailed(Exception):
 class Remote:
     """One peer process. After a command that was cancelled, it is replaced before the next test."""
 
-    def __init__(self, name: str, command: Callable[[], list[str]], needs_folder: bool = False) -> None:
+    def __init__(self, name: str, command: Sequence[str]) -> None:
         self.name = name
         self.peer = ""
         self.addr = ""
         self.version = ""
         self._command = command
-        self._folder = tempfile.TemporaryDirectory(prefix="interop-") if needs_folder else None
         self._log = tempfile.TemporaryFile()  # noqa: SIM115 (closed by `stop`)
+        self._folder: tempfile.TemporaryDirectory[str] | None = None
         self._process: subprocess.Popen[bytes] | None = None
         self._number = 0
         self._dirty = False
 
-    def install(self) -> list[str]:
-        """The command line, its software installed. Skips the test when there is no way to the registry."""
-        command = self._command()
-        return [*command, tempfile.mkdtemp(dir=self._folder.name)] if self._folder is not None else command
-
-    async def ensure(self, command: list[str]) -> None:
-        """Have a process that answers."""
+    async def ensure(self) -> None:
+        """Have a process that answers. It runs in an empty directory."""
         if self._process is not None and self._process.poll() is None and not self._dirty:
             return
         self.kill()
         self._dirty = False
+        self._folder = tempfile.TemporaryDirectory(prefix="p2pnode-interop-")
         self._process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._log, cwd=REPOSITORY
+            self._command,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self._log,
+            cwd=self._folder.name,
+            env={**os.environ, "PYTHONPATH": str(REPOSITORY)},
         )
         try:
             with trio.fail_after(START_TIMEOUT):
@@ -84,18 +86,18 @@ class Remote:
         return self._log.read().decode(errors="replace")[-3000:]
 
     def kill(self) -> None:
-        if self._process is None:
-            return
-        self._process.kill()
-        self._process.wait()
-        for pipe in (self._process.stdin, self._process.stdout):
-            if pipe is not None:
-                with contextlib.suppress(OSError):
-                    pipe.close()
-        self._process = None
+        if self._process is not None:
+            self._process.kill()
+            self._process.wait()
+            for pipe in (self._process.stdin, self._process.stdout):
+                if pipe is not None:
+                    with contextlib.suppress(BrokenPipeError):  # of what the process did not read
+                        pipe.close()
+            self._process = None
+        if self._folder is not None:
+            self._folder.cleanup()
+            self._folder = None
 
     def stop(self) -> None:
         self.kill()
         self._log.close()
-        if self._folder is not None:
-            self._folder.cleanup()

@@ -1,4 +1,4 @@
-"""kubo (go-libp2p), from the shared library in PyPI's kubo-python: python -m tests.interop.peers.kubo LIBRARY REPO
+"""kubo (go-libp2p), from the shared library in PyPI's kubo-python: python -m tests.interop.peers.kubo LIBRARY
 
 Its streams are reached through `ipfs p2p`: streams of a protocol end in TCP servers of this process, and TCP
 connections to its forwards become streams. kubo joins both directions of such a stream: the end of one closes the
@@ -47,7 +47,7 @@ class TcpPipe:
 
 
 class Kubo:
-    """A node in a repository of its own: only TCP on loopback, no routing, nobody to bootstrap from."""
+    """A node whose repository is the (empty) directory `repo`: only TCP on loopback, no routing, no bootstrap peers."""
 
     def __init__(self, library: str, repo: Path) -> None:
         self._library = ctypes.CDLL(library)
@@ -165,8 +165,8 @@ class KuboPeer:
         return await exchange_until_reset(pipe, (trio.BrokenResourceError, EOFError))
 
 
-async def main(library: str, repo: str) -> None:
-    kubo = Kubo(library, Path(repo))
+async def main(library: str) -> None:
+    kubo = Kubo(library, Path.cwd())
     async with trio.open_nursery() as nursery:
         peer = KuboPeer(kubo, nursery)
         await peer.listen()
@@ -187,4 +187,4 @@ async def main(library: str, repo: str) -> None:
 
 
 if __name__ == "__main__":
-    trio.run(main, sys.argv[1], sys.argv[2])
+    trio.run(main, sys.argv[1])
