@@ -35,8 +35,12 @@ class Namespaces:
         if os.geteuid() != 0:
             raise SwarmError("--netns needs root")
         self._hub = self._namespace("hub")
-        self._ip(self._hub, "link", "add", "br0", "type", "bridge")
-        self._ip(self._hub, "link", "set", "br0", "up")
+        try:
+            self._ip(self._hub, "link", "add", "br0", "type", "bridge")
+            self._ip(self._hub, "link", "set", "br0", "up")
+        except BaseException:
+            self.__exit__()
+            raise
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -110,6 +110,7 @@ def _run(registry: str, command: Sequence[str], folder: Path) -> None:
     except subprocess.TimeoutExpired:
         pytest.skip(f"the {registry} registry did not deliver within {INSTALL_TIMEOUT} s")
     if done.returncode:
-        if any(sign in done.stdout for sign in UNREACHABLE):
-            pytest.skip(f"the {registry} registry cannot be reached: {done.stdout.strip()[-300:]}")
+        for line in done.stdout.splitlines():
+            if any(sign in line for sign in UNREACHABLE):
+                pytest.skip(f"the {registry} registry cannot be reached: {line.strip()[:200]}")
         pytest.fail(f"{' '.join(command)} failed:\n{done.stdout[-3000:]}", pytrace=False)
