@@ -11,7 +11,7 @@ from __future__ import annotations
 import logging
 import time
 from collections import deque
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -46,6 +46,7 @@ log = logging.getLogger(__name__)
 FEED_BATCH = 2 << 20  # bytes per worker-thread call of the verifier
 REPORT_INTERVAL = 0.25
 SETTLE = 2.0  # after everybody known has said no: somebody may be about to connect
+LIARS_TIMEOUT = 10.0  # when everybody who offered the image was banned: somebody honest may still be found
 RELOADS = 3  # times a chunk may be lost between arriving and being verified, before the disk is blamed
 
 Discover = Callable[[CID], Awaitable[int]]
@@ -277,6 +278,9 @@ class Fetcher:
         if finished:
             return
         answers = self._exchange.answers(root)
+        banned = self._exchange.stats(manifest_id(root)).banned
+        if banned and not any(answers.values()):
+            raise VerificationFailed(_liars(root, banned))
         if any(answers.values()):
             raise NetworkTimeout(f"the peers that have image {root} sent nothing for {timeout:.0f} s")
         if answers:
@@ -396,7 +400,11 @@ class Fetcher:
                 last, since = stats.remaining, trio.current_time()
             elif stats.remaining and trio.current_time() - since > 2:
                 note = _waiting_for(stats)
-            if stats.remaining and trio.current_time() - since > timeout:
+            only_liars = stats.banned and not stats.peers
+            patience = min(timeout, LIARS_TIMEOUT) if only_liars else timeout
+            if stats.remaining and trio.current_time() - since > patience:
+                if only_liars:
+                    raise VerificationFailed(_liars(image.id, stats.banned))
                 raise NetworkTimeout(
                     f"nothing came for {timeout:.0f} s: {_waiting_for(stats)}; run the same fetch again to go on"
                 )
@@ -404,6 +412,13 @@ class Fetcher:
             phase = "fetching" if stats.remaining else "verifying"
             report(Progress(phase, total - stats.remaining_bytes, total, stats.peers, note))
             await trio.sleep(REPORT_INTERVAL)
+
+
+def _liars(root: CID, banned: Collection[str]) -> str:
+    return (
+        f"all peers that offered image {root} sent what does not match its hashes, and are banned: "
+        f"{', '.join(sorted(banned)[:5])}; nothing of it was kept, fetch it from another peer"
+    )
 
 
 def _waiting_for(stats: DownloadStats) -> str:
