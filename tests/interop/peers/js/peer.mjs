@@ -23,6 +23,7 @@ const node = await createLibp2p({
   transports: [tcp()],
   connectionEncrypters: [noise()],
   streamMuxers: [yamux()],
+  connectionManager: { inboundConnectionThreshold: 1000 }, // per second and host; 5 by default, and tests are faster
   // By default one identify stream at a time: a test's own would be reset while the one of every new connection runs.
   services: { identify: identify({ maxInboundStreams: 8, maxOutboundStreams: 8 }), ping: ping() }
 })
@@ -31,12 +32,38 @@ async function send (stream, data) {
   if (!stream.send(data)) await stream.onDrain()
 }
 
+// Not `for await (const data of stream)`: that ends with the remote's FIN even when data before it is still buffered.
+async function * received (stream) {
+  const queue = []
+  let ended = stream.readableEnded
+  let failure = null
+  let wake = () => {}
+  const onMessage = ({ data }) => { queue.push(data); wake() }
+  const onEnd = () => { ended = true; wake() }
+  const onClose = ({ error }) => { failure = error; wake() }
+  stream.addEventListener('message', onMessage)
+  stream.addEventListener('end', onEnd)
+  stream.addEventListener('close', onClose)
+  try {
+    while (true) {
+      while (queue.length > 0) yield queue.shift()
+      if (failure != null) throw failure
+      if (ended) return
+      await new Promise((resolve) => { wake = resolve })
+    }
+  } finally {
+    stream.removeEventListener('message', onMessage)
+    stream.removeEventListener('end', onEnd)
+    stream.removeEventListener('close', onClose)
+  }
+}
+
 let resets = 0
 let onReset = []
 
 await node.handle(ECHO, async (stream) => {
   try {
-    for await (const data of stream) await send(stream, data)
+    for await (const data of received(stream)) await send(stream, data)
     await stream.close()
   } catch {
     resets += 1
@@ -47,14 +74,14 @@ await node.handle(ECHO, async (stream) => {
 
 await node.handle(AFTER_END, async (stream) => {
   const kept = []
-  for await (const data of stream) kept.push(data)
+  for await (const data of received(stream)) kept.push(data)
   for (const data of kept) await send(stream, data)
   await stream.close()
 }, MANY)
 
 await node.handle(ABORT, async (stream) => {
   let got = 0
-  for await (const data of stream) {
+  for await (const data of received(stream)) {
     got += data.byteLength
     await send(stream, data)
     if (got >= ABORT_AFTER) break
@@ -76,7 +103,7 @@ async function exchange (stream, size, halfClose) {
   })()
   sending.catch(() => {}) // awaited below; reading may fail first
   let got = 0
-  for await (const list of stream) {
+  for await (const list of received(stream)) {
     const data = list.subarray()
     for (let pos = 0; pos < data.byteLength;) {
       const at = got % block.byteLength
