@@ -161,6 +161,8 @@ async def _serve_client(stream: trio.SocketStream, node: NodeAPI, limit: trio.Ca
             await _Client(stream, node).run()
     except* (trio.BrokenResourceError, trio.ClosedResourceError):
         log.debug("control: a client went away")
+    except* Exception:  # the top of this task: one client must not take the daemon with it
+        log.exception("control: serving a client failed")
 
 
 class _Client:

@@ -44,6 +44,7 @@ log = logging.getLogger(__name__)
 AGENT = f"p2pnode/{__version__}"
 BOOTSTRAP_RETRY = 5.0
 BOOTSTRAP_RETRY_MAX = 60.0
+BOOTSTRAP_WAIT = 10.0  # the longest a search waits for the first connections
 GOODBYE_SECONDS = 2.5
 MAX_PROVIDERS = 32  # of one key that are joined
 
@@ -60,6 +61,8 @@ class Node:
         self._fetcher = Fetcher(store, exchange, self._discover, self._announce)
         self._running: dict[CID, trio.Lock] = {}
         self._started = time.time()
+        self._untried = set(config.bootstrap)
+        self._bootstrapped = trio.Event()
 
     @classmethod
     @asynccontextmanager
@@ -115,9 +118,16 @@ class Node:
 
     async def _bootstrap(self) -> None:
         """Stay connected to the bootstrap peers, or at least to somebody."""
+        self._tried(None)
         async with trio.open_nursery() as nursery:
             for addr in self._config.bootstrap:
                 nursery.start_soon(self._keep_connected, addr)
+
+    def _tried(self, addr: str | None) -> None:
+        """A bootstrap address was dialled, with or without success."""
+        self._untried.discard(addr or "")
+        if not self._untried:
+            self._bootstrapped.set()
 
     async def _keep_connected(self, addr: str) -> None:
         delay = BOOTSTRAP_RETRY
@@ -129,10 +139,12 @@ class Node:
                 if not known:
                     await self._router.bootstrap()
                 known = True
+                self._tried(addr)
                 delay = BOOTSTRAP_RETRY
             except RemoteError as exc:
                 log.warning("bootstrap: %s", exc)
                 known = False
+                self._tried(addr)
                 delay = min(2 * delay, BOOTSTRAP_RETRY_MAX)
             await trio.sleep(delay)
 
@@ -155,6 +167,8 @@ class Node:
 
     async def _discover(self, root: CID) -> int:
         """Find and join whoever is recorded to have an image."""
+        with trio.move_on_after(BOOTSTRAP_WAIT):
+            await self._bootstrapped.wait()
         found = await _find(self._router, self._network.address_book, root, ())
         await self._join_all((peer, ()) for peer in found)
         return len(found)
@@ -212,6 +226,7 @@ class Node:
         )
         image = imported.image
         self._exchange.here([chunk_key(digest) for digest in image.chunks])
+        await self._exchange.tell(image.id)
         await self._announce_held(image)
         return local.provided(imported, link.format(image.id, self.addrs(), imported.name), time.monotonic() - began)
 
@@ -239,8 +254,8 @@ class Node:
                 fetched = await self._fetcher.fetch(wanted.image, options, report)
                 nursery.cancel_scope.cancel()
         finally:
-            if not lock.statistics().tasks_waiting:
-                self._running.pop(wanted.image, None)
+            if not lock.locked() and self._running.get(wanted.image) is lock:
+                del self._running[wanted.image]
         await self._announce_held(fetched.image)
         return {
             "image": str(fetched.image.id),

@@ -32,7 +32,11 @@ async def in_thread(work: Callable[[Callable[[], bool], Report], T], report: Rep
     try:
         async with trio.open_nursery() as nursery:
             nursery.start_soon(watch)
-            result = await trio.to_thread.run_sync(work, stop.is_set, forward)
+            try:
+                result = await trio.to_thread.run_sync(work, stop.is_set, forward)
+            except Exception:
+                await trio.lowlevel.checkpoint_if_cancelled()  # what the work said to being stopped is of no interest
+                raise
             nursery.cancel_scope.cancel()
     except ExceptionGroup as group:
         error = most_telling(group)

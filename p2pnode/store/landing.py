@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 
 from blake3 import blake3
 
-from p2pnode.errors import ChunkUnavailable, OutputExists, PathError
+from p2pnode.errors import ChunkUnavailable, OutputExists, PathError, StoreError
 from p2pnode.store.catalog import Catalog
 from p2pnode.store.records import SourceKind
 from p2pnode.store.rename import remove_quietly
@@ -123,7 +123,7 @@ class Landing:
         size = 0
         with self._lock:
             if self._fd < 0:
-                raise ValueError("the landing is closed")
+                raise StoreError(f"{self.path} was closed before everything had arrived")
             for ok, (digest, data) in zip(good, chunks, strict=True):
                 if ok:
                     self._write(digest, data)

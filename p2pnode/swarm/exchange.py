@@ -29,6 +29,7 @@ from protocols.exchange import messages as m
 from protocols.exchange.picker import Order
 from protocols.exchange.swarm import DownloadStats, Swarm
 from protocols.exchange.uploads import Uploads
+from protocols.manifest import MAX_BLOCK
 
 log = logging.getLogger(__name__)
 
@@ -56,12 +57,18 @@ class Download:
 
     id: bytes
     root: CID
-    keys: frozenset[bytes]
+    keys: dict[bytes, int]  # with the most bytes each may have
     sink: Sink
     on_arrival: Callable[[list[bytes]], None]
     done: trio.Event = field(default_factory=trio.Event)
+    failed: trio.Event = field(default_factory=trio.Event)
     failure: NodeError | None = None
     last: DownloadStats | None = None
+
+    async def fails(self) -> None:
+        """Raises the error that stops the download, also when all was here once; never returns."""
+        await self.failed.wait()
+        await self.wait()
 
     async def wait(self) -> None:
         """Until every block is here. Raises the error that stopped it."""
@@ -210,6 +217,7 @@ class Exchange:
     async def _serve(self, session: PeerSession) -> None:
         peer = session.peer
         if not self._supersedes(session):
+            session.open.set()  # the other one is: whoever waits for this one has what they want
             await session.stream.reset()
             return
         old = self._sessions.get(peer)
@@ -226,9 +234,21 @@ class Exchange:
             if self._sessions.get(peer) is session:
                 self._leave(session)
 
+    def _unfollow(self, session: PeerSession) -> None:
+        roots, session.following = session.following, {}
+        for root in roots:
+            self._release(root)
+
+    def _release(self, root: CID) -> None:
+        """Keep no bit field that nobody follows."""
+        if not any(root in session.following for session in self._sessions.values()):
+            self._holdings.forget(root)
+
     def _leave(self, session: PeerSession) -> None:
         del self._sessions[session.peer]
+        self._unfollow(session)
         self._uploads.leave(session.peer)
+        self._uploads_changed.set()  # what it had queued made others wait
         self._answers = {key: known for key, known in self._answers.items() if key[1] != session.peer}
         self._repeats = {key: times for key, times in self._repeats.items() if key[1] != session.peer}
         self._handle(ev.PeerLeft(session.peer))
@@ -287,33 +307,40 @@ class Exchange:
     async def _on_interest(self, session: PeerSession, root: CID, active: bool) -> None:
         if not active:
             session.following.pop(root, None)
-            if not any(root in other.following for other in self._sessions.values()):
-                self._holdings.forget(root)
+            self._release(root)
             return
         session.following[root] = None
-        session.send(await self._holdings.availability(root))
+        availability = await self._holdings.availability(root)
+        await session.room()
+        if self._sessions.get(session.peer) is session:
+            session.send(availability)
+        else:
+            self._unfollow(session)
 
     async def _on_blocks(self, peer: str, blocks: list[m.Block]) -> None:
         """Check and keep blocks, in one worker-thread call for each download they belong to."""
         batches: dict[bytes, list[m.Block]] = {}
+        seen: set[bytes] = set()
         for block in blocks:
             expected = self._swarm.expects(peer, block.id)
-            if expected is None:
+            if expected is None or block.id in seen:
                 self._handle(ev.PeerMisbehaved(peer, 2, "sent a block nobody asked it for"))
             elif not expected:
                 self._handle(ev.BlockChecked(peer, block.id, block.size, True))
             else:
                 owner = next((d.id for d in self._downloads.values() if block.id in d.keys), None)
                 if owner is not None:
+                    seen.add(block.id)
                     batches.setdefault(owner, []).append(block)
         for id, batch in batches.items():
             download = self._downloads.get(id)
             if download is None:
                 continue
             try:
-                verdicts = await trio.to_thread.run_sync(_accept, download.sink, batch)
+                verdicts = await trio.to_thread.run_sync(_accept, download, batch)
             except NodeError as exc:
-                self._fail(download, exc)
+                if self._downloads.get(id) is download:
+                    self._fail(download, exc)
                 continue
             self._received[peer] = self._received.get(peer, 0) + sum(block.size for block in batch)
             good = [block.id for block, verdict in zip(batch, verdicts, strict=True) if verdict]
@@ -416,7 +443,8 @@ class Exchange:
         order: Order = Order.RAREST,
     ) -> AsyncIterator[Download]:
         """Download blocks while the context is open; `Download.wait` returns when all are here."""
-        download = Download(id, root, frozenset(keys), sink, on_arrival)
+        limits = dict(zip(keys, sizes, strict=True)) if id != manifest_id(root) else dict.fromkeys(keys, MAX_BLOCK)
+        download = Download(id, root, limits, sink, on_arrival)
         if id in self._downloads:
             raise RuntimeError("this download runs already")
         self._downloads[id] = download
@@ -441,11 +469,20 @@ class Exchange:
                     session.send(m.Interest(root, active=False))
 
     def _fail(self, download: Download, error: NodeError) -> None:
-        if not download.done.is_set():
+        if download.failure is None:
             download.failure = error
             download.last = self._swarm.stats(download.id)
             download.done.set()
+            download.failed.set()
             self._handle(ev.RemoveDownload(download.id))
+
+    async def tell(self, root: CID) -> None:
+        """An image is known here now: peers that asked for it before were told that it is not."""
+        for session in list(self._sessions.values()):
+            if root in session.following:
+                availability = await self._holdings.availability(root)
+                if self._sessions.get(session.peer) is session:
+                    session.send(availability)
 
     def forget(self, root: CID) -> None:
         """An image was removed: peers that follow it are told that it is gone."""
@@ -499,11 +536,11 @@ class Exchange:
                     self._uploads_changed = trio.Event()
                 await self._uploads_changed.wait()
                 continue
+            sessions = [self._sessions.get(peer) for peer, _ in batch]
             payloads = await trio.to_thread.run_sync(self._read_blocks, [key for _, key in batch])
-            for (peer, key), payload in zip(batch, payloads, strict=True):
-                session = self._sessions.get(peer)
-                if session is None:
-                    continue
+            for (peer, key), session, payload in zip(batch, sessions, payloads, strict=True):
+                if session is None or self._sessions.get(peer) is not session:
+                    continue  # a later session of the peer has not asked for it
                 if payload is None:
                     session.send(m.DontHave((key,)))
                     continue
@@ -533,18 +570,23 @@ class Exchange:
             return None
 
 
-def _accept(sink: Sink, blocks: Sequence[m.Block]) -> list[bool]:
-    """Decode blocks and hand them to the sink. Runs in a worker thread."""
-    plain: list[tuple[bytes, Buffer]] = []
-    for block in blocks:
-        payload = block.payload
-        if block.encoding is m.Encoding.ZSTD:
-            try:
-                # Bounded: the frame header's own size is not trusted, and nothing past `size` is decoded.
-                payload = zstandard.ZstdDecompressor(max_window_size=1 << 23).decompress(
-                    bytes(payload), max_output_size=block.size, allow_extra_data=False
-                )
-            except zstandard.ZstdError:
-                payload = b""
-        plain.append((block.id, payload if len(payload) == block.size else b""))
-    return sink.accept_many(plain)
+def _accept(download: Download, blocks: Sequence[m.Block]) -> list[bool]:
+    """Decode blocks, one after the other, and hand them to the sink. Runs in a worker thread."""
+    return [download.sink.accept_many([(block.id, _decoded(block, download.keys[block.id]))])[0] for block in blocks]
+
+
+def _decoded(block: m.Block, limit: int) -> Buffer:
+    """The plain bytes of a block; empty, which no hash matches, if it does not decode to what it says, or to more than
+    `limit` bytes: 200 bytes of zstd can claim 4 MiB."""
+    if block.encoding is m.Encoding.RAW:
+        return block.payload
+    if block.size > limit:
+        return b""
+    try:
+        # Neither the frame's own size nor its window is trusted, and nothing past `size` is decoded.
+        plain = zstandard.ZstdDecompressor(max_window_size=1 << 23).decompress(
+            bytes(block.payload), max_output_size=block.size, allow_extra_data=False
+        )
+    except zstandard.ZstdError:
+        return b""
+    return plain if len(plain) == block.size else b""

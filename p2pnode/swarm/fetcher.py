@@ -264,6 +264,7 @@ class Fetcher:
             nursery.start_soon(watch)
             with trio.move_on_after(timeout):
                 await searched.wait()
+                again = True
                 while True:
                     with trio.move_on_after(SETTLE) as quiet:
                         await self._exchange.next_answer()
@@ -273,7 +274,10 @@ class Fetcher:
                         and not any(answers.values())
                         and len(answers) >= len(self._exchange.sessions)
                     ):
-                        break
+                        if not again:
+                            break
+                        again = False
+                        await self._discover(root)  # the first search may have come before the first connection
             nursery.cancel_scope.cancel()
         if finished:
             return
@@ -300,6 +304,7 @@ class Fetcher:
             missing = sum(size for size, h in zip(image.chunks.values(), here, strict=True) if not h)
             await trio.to_thread.run_sync(check_space, landing.path.parent, missing)
             self._provide(image)
+            await self._exchange.tell(image.id)
             arrivals = _Arrivals(image, here)
             id = image.id.to_bytes()
             async with (
@@ -317,7 +322,7 @@ class Fetcher:
                 nursery.start_soon(self._watch, image, options.timeout, report)
                 if missing:
                     nursery.start_soon(self._discover, image.id)
-                nursery.start_soon(self._stop_on_failure, download.wait)
+                nursery.start_soon(download.fails)
                 await self._verify(image, export, arrivals)
                 tally.add(self._exchange.stats(id))
                 nursery.cancel_scope.cancel()
@@ -331,11 +336,6 @@ class Fetcher:
                 await trio.to_thread.run_sync(export.abort)
             raise
         return path
-
-    @staticmethod
-    async def _stop_on_failure(wait: Callable[[], Awaitable[None]]) -> None:
-        """A download that cannot write ends the fetch with its error."""
-        await wait()
 
     async def _verify(self, image: Image, export: Exporter, arrivals: _Arrivals) -> None:
         """Hash, and export, objects as their chunks land: first those that are complete."""
@@ -378,6 +378,8 @@ class Fetcher:
                         f"chunk {lost.hex()} was damaged on disk {RELOADS} times after it had been verified"
                     )
                 arrivals.lost(lost)
+                if await trio.to_thread.run_sync(self._store.has, lost):
+                    arrivals.arrived([chunk_key(lost)])  # it came again before we knew
 
     def _feed_some(self, digests: Sequence[bytes], export: Exporter) -> tuple[int, bytes | None]:
         for done, digest in enumerate(digests):

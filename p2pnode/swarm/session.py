@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections import deque
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 
 import trio
 
@@ -20,7 +20,8 @@ log = logging.getLogger(__name__)
 READ_SIZE = 1 << 20
 MAX_CONTROL = 2 << 20  # control bytes waiting for a peer; past it we stop reading what it asks
 HELLO_TIMEOUT = 15.0
-WRITE_TIMEOUT = 60.0  # a peer that takes no byte for this long is not there for anybody
+WRITE_SIZE = 256 << 10
+WRITE_TIMEOUT = 60.0  # for each WRITE_SIZE: a peer slower than 4 KiB/s is of no use to anybody
 GOODBYE_TIMEOUT = 0.5
 
 OnMessages = Callable[["PeerSession", list[m.Message]], Awaitable[None]]
@@ -56,6 +57,12 @@ class PeerSession:
             self._control.append(part)
             self._control_bytes += len(part)
         self._wake.set()
+
+    async def room(self) -> None:
+        """Until the peer has taken most of the control frames that wait for it."""
+        while self._control_bytes > MAX_CONTROL:
+            self._drained = trio.Event()
+            await self._drained.wait()
 
     def send_block(self, block: m.Block) -> None:
         """Queue a block; the caller bounds how many by what `run` reports as sent."""
@@ -120,9 +127,7 @@ class PeerSession:
             await on_messages(self, received)
             if self._protocol.state is State.DONE:
                 return
-            while self._control_bytes > MAX_CONTROL:
-                self._drained = trio.Event()
-                await self._drained.wait()
+            await self.room()
 
     async def _write(self, on_sent: OnSent) -> None:
         while self._closing is None:
@@ -130,7 +135,7 @@ class PeerSession:
                 parts: Sequence[Buffer] = list(self._control)
                 self._control.clear()
                 await self._send(parts)
-                self._control_bytes = 0
+                self._control_bytes -= sum(map(len, parts))
                 self._drained.set()
             elif self._blocks:
                 block = self._blocks.popleft()
@@ -142,8 +147,27 @@ class PeerSession:
 
     async def _send(self, parts: Sequence[Buffer]) -> None:
         self._sending = True
-        with trio.move_on_after(WRITE_TIMEOUT) as scope:
-            await self.stream.send_parts(parts)
-            self._sending = False
-        if scope.cancelled_caught:
-            raise StreamClosed(f"peer {self.peer} did not take a byte for {WRITE_TIMEOUT:.0f} s")
+        for piece in _pieces(parts):
+            with trio.move_on_after(WRITE_TIMEOUT) as scope:
+                await self.stream.send_parts(piece)
+            if scope.cancelled_caught:
+                raise StreamClosed(f"peer {self.peer} took less than {WRITE_SIZE >> 10} KiB in {WRITE_TIMEOUT:.0f} s")
+        self._sending = False
+
+
+def _pieces(parts: Sequence[Buffer]) -> Iterator[list[Buffer]]:
+    """The same bytes in groups of up to `WRITE_SIZE`, nothing copied."""
+    group: list[Buffer] = []
+    room = WRITE_SIZE
+    for part in parts:
+        view = memoryview(part)
+        while len(view):
+            group.append(view[:room])
+            taken = min(room, len(view))
+            view = view[taken:]
+            room -= taken
+            if not room:
+                yield group
+                group, room = [], WRITE_SIZE
+    if group:
+        yield group

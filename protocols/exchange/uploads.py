@@ -15,7 +15,7 @@ from protocols.exchange.messages import MAX_IDS, Priority
 
 QUANTUM = 1 << 20  # one chunk of the largest usual size per turn
 MAX_QUEUED = 2 << 20  # bytes read for one peer and not yet taken by its connection: 160 ms at 100 Mbit/s
-MAX_QUEUED_TOTAL = 64 << 20  # the same over all peers
+MAX_QUEUED_TOTAL = 64 << 20  # the same over all peers, and one block each more
 LOOK_AHEAD = 64  # chunks compared for the least-sent one; bounds the work per choice
 SENT_MEMORY = 1 << 20
 
@@ -70,13 +70,13 @@ class Uploads:
 
     def next(self) -> tuple[str, bytes] | None:
         """Whose turn it is and what to send; None when nobody waits or has room. Call `queued` with its size."""
-        if self._queued >= MAX_QUEUED_TOTAL:
-            return None
+        # Peers that do not read must not keep the others waiting: past the total everybody gets one block at a time.
+        limit = MAX_QUEUED if self._queued < MAX_QUEUED_TOTAL else 1
         for priority in Priority:
             ready = [
                 peer
                 for peer in self._turns
-                if (client := self._clients[peer]).wants[priority] and client.queued < MAX_QUEUED
+                if (client := self._clients[peer]).wants[priority] and client.queued < limit
             ]
             if not ready:
                 continue
