@@ -145,8 +145,7 @@ class Exchange:
         for session in list(self._sessions.values()):
             session.close("shutting down")
         while self._sessions:
-            self._left = trio.Event()
-            await self._left.wait()
+            await self.left()
 
     # Sessions
 
@@ -253,6 +252,7 @@ class Exchange:
         self._repeats = {key: times for key, times in self._repeats.items() if key[1] != session.peer}
         self._handle(ev.PeerLeft(session.peer))
         self._left.set()
+        self._left = trio.Event()
 
     # What peers send
 
@@ -507,6 +507,10 @@ class Exchange:
     async def next_answer(self) -> None:
         """Until some peer answers an interest."""
         await self._answered.wait()
+
+    async def left(self) -> None:
+        """Until some session ends."""
+        await self._left.wait()
 
     async def progress(self) -> None:
         """Until some block comes."""
