@@ -71,6 +71,18 @@ def test_an_import(nodes: Nodes, tmp_path: Path) -> None:
     assert nodes.begin("images", home=home).wait(20).check().stdout == ""
 
 
+def test_an_import_through_a_daemon_which_goes_on(nodes: Nodes, tmp_path: Path) -> None:
+    original = tmp_path / "large"
+    with original.open("wb") as file:
+        file.truncate(16 << 30)
+    daemon = nodes.daemon("a")
+    command = daemon.begin("provide", str(original))
+    time.sleep(1.5)
+    interrupt(command)
+    assert daemon.run("images").check().stdout == ""
+    assert daemon.running
+
+
 def connected(node: Daemon, peer: str) -> bool:
     return any(row["peer"] == peer for row in ask(node.home.path, "peers") or [])
 
