@@ -55,11 +55,11 @@ def provide(
         listen=listen, bootstrap=bootstrap, mdns=False if no_mdns else None, nix_store=nix_store and absolute(nix_store)
     )
     full_paths = [absolute(path) for path in paths]
-    if config.nix_store is None:
+    daemon = app.daemon(config, listen=listen, bootstrap=bootstrap, nix_store=nix_store)
+    if daemon is None and config.nix_store is None:  # at once, before a node starts; a daemon looks for itself
         for path in full_paths:
             if not os.path.lexists(path):
                 raise PathError(f"{path} does not exist")
-    daemon = app.daemon(config, listen=listen, bootstrap=bootstrap, nix_store=nix_store)
     if daemon is not None:
         for path in full_paths:
             args = {"path": path, "kind": kind, "name": name}
