@@ -43,7 +43,6 @@ class Config:
     announce: tuple[str, ...] = ()  # addresses that lead here though the machine does not know them (forwarded ports)
     bootstrap: tuple[str, ...] = ()  # multiaddresses with /p2p/<peer id> of nodes to join the network through
     mdns: bool = True  # find nodes on the local network
-    dht: bool = True  # take part in the DHT
     chunk_size: int = 0  # bytes; 0 cuts by content (FastCDC), anything else at fixed distances
     gc_age_days: int = 30
     gc_min_copies: int = 2
@@ -225,7 +224,6 @@ _KEYS: dict[str, _Key] = {
     "announce": _Key(list, _list(addresses.parse)),
     "bootstrap": _Key(list, _list(_with_peer)),
     "mdns": _Key(bool, _boolean),
-    "dht": _Key(bool, _boolean),
     "chunk_size": _Key(int, _integer(MIN_CHUNK, MAX_CHUNK, "bytes", also=0)),
     "gc_age_days": _Key(int, _integer(0, 36_500, "days")),
     "gc_min_copies": _Key(int, _integer(0, 1_000, "copies")),
