@@ -30,10 +30,6 @@ class Home:
         return self.root / "store"
 
     @property
-    def identity_key(self) -> Path:
-        return self.root / "identity.key"
-
-    @property
     def control_socket(self) -> Path:
         return self.root / "control.sock"
 

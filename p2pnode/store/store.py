@@ -288,19 +288,6 @@ class Store:
             Problem(*row) for row in self.catalog.query("SELECT path, reason, time FROM problems ORDER BY time DESC")
         ]
 
-    def check_sources(self, id: CID | None = None) -> None:
-        """Look, by metadata alone, whether the user's files are still what they were; drop those that are not.
-
-        `id`: only those that hold chunks of this image.
-        """
-        wanted = None if id is None else set(removal.image_digests(self.catalog, id))
-        for source in self.catalog.sources("NOT owned"):
-            if wanted is not None and wanted.isdisjoint(self.catalog.source_digests(source.id)):
-                continue
-            reason = changed(source, self.catalog.source_fingerprint(source.id))
-            if reason is not None:
-                self.forget_source(source.id, reason)
-
     def forget_source(self, id: int, reason: str | None = None) -> None:
         """Drop a source and its rows; its file is left alone. `reason`: recorded as a problem."""
         with self.catalog.transaction():

@@ -13,6 +13,7 @@ import time
 from collections import deque
 from collections.abc import Awaitable, Callable, Collection, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import trio
@@ -27,6 +28,7 @@ from p2pnode.errors import (
 )
 from p2pnode.failures import most_telling
 from p2pnode.images.exporter import Exporter, exporter
+from p2pnode.images.output import check_output
 from p2pnode.net.transport import Buffer
 from p2pnode.progress import Progress, Report
 from p2pnode.store import Store
@@ -190,6 +192,8 @@ class Fetcher:
 
     async def _fetch(self, root: CID, options: FetchOptions, report: Report) -> Fetched:
         began = time.monotonic()
+        if options.out is not None:  # before anything of the image is asked for or kept
+            await trio.to_thread.run_sync(partial(check_output, options.out, force=options.force))
         tally = _Tally()
         image = await trio.to_thread.run_sync(self._store.image, root)
         if image is None:

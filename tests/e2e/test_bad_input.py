@@ -131,6 +131,7 @@ def test_an_output_that_exists(nodes: Nodes, tmp_path: Path, out: Path) -> None:
     assert_refused(reader.run("fetch", link, "-o", str(out)), 2, "OutputExists")
     assert out.read_text() == "precious"
     assert list(out.parent.iterdir()) == [out]
+    assert reader.run("images").check().stdout == ""
     reader.run("fetch", "--force", link, "-o", str(out)).check()
     assert difference(original, out) is None
 
