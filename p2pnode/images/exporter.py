@@ -11,6 +11,7 @@ from p2pnode.images.closure import ClosureExporter
 from p2pnode.images.directory import DirectoryExporter
 from p2pnode.images.file import FileExporter
 from p2pnode.images.store_path import StorePathExporter
+from p2pnode.nix.nar_reader import Buffer
 from p2pnode.store.store import Store
 from protocols.manifest import Image, Kind
 
@@ -18,9 +19,9 @@ from protocols.manifest import Image, Kind
 class Exporter(Protocol):
     """Puts an image where the user wants it.
 
-    `check()`; for each object, in any order: `begin_object(i)`, `feed(data)` for each of its chunks in order
-    (repeated ones too; already checked against their digests), `end_object()`; then `finish()`, or `abort()` at any
-    point. Nothing appears under the final name before `finish`. Blocking; one thread at a time.
+    `check()`; for each object, in any order: `begin_object(i)`, `feed(data)` for all pieces of its
+    chunks in order (repeated ones too; already checked against their digests), `end_object()`; then `finish()`, or
+    `abort()` at any point. Nothing appears under the final name before `finish`. Blocking; one thread at a time.
     """
 
     def check(self) -> None:
@@ -29,7 +30,7 @@ class Exporter(Protocol):
     def begin_object(self, index: int) -> None:
         """Raises OutputUnwritable, DiskFull."""
 
-    def feed(self, data: bytes) -> None:
+    def feed(self, data: Buffer) -> None:
         """Raises VerificationFailed (not a safe NAR), DiskFull, OutputUnwritable."""
 
     def end_object(self) -> None:

@@ -9,6 +9,7 @@ from blake3 import blake3
 from p2pnode.errors import ChunkUnavailable, VerificationFailed
 from p2pnode.images.objects import ImportRun
 from p2pnode.images.output import check_output
+from p2pnode.nix.nar_reader import Buffer
 from p2pnode.store.store import Store
 from protocols.manifest import Image, ImageObject
 
@@ -41,7 +42,7 @@ class FileExporter:
         self._hasher = blake3()
         self._size = 0
 
-    def feed(self, data: bytes) -> None:
+    def feed(self, data: Buffer) -> None:
         self._hasher.update(data)
         self._size += len(data)
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from p2pnode.errors import NarError, VerificationFailed
 from p2pnode.images.output import check_output
-from p2pnode.nix.nar_reader import NarReader
+from p2pnode.nix.nar_reader import Buffer, NarReader
 from p2pnode.nix.nar_restore import NarRestorer, remove_tree
 from p2pnode.store.rename import place, remove_quietly
 from p2pnode.store.space import check_space, write_failure
@@ -81,7 +81,7 @@ class TreeExporter:
             target = self._temporary / obj.path if self._together else self._temporary
             self._restorer = NarRestorer(target, max_size=obj.size)
 
-    def feed(self, data: bytes) -> None:
+    def feed(self, data: Buffer) -> None:
         assert self._restorer is not None
         self._hasher.update(data)
         self._size += len(data)

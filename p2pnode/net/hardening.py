@@ -118,7 +118,8 @@ def apply() -> None:
     TrioTCPStream.__init__ = _init_tcp_stream
     tcp._open_reuseport_listeners = _open_listeners
     for module in list(sys.modules.values()):
-        if getattr(module, "read_exactly", None) is _stock_read_exactly:
+        # Not getattr: it makes hundreds of lazy modules import what they offer.
+        if getattr(module, "__dict__", {}).get("read_exactly") is _stock_read_exactly:
             setattr(module, "read_exactly", _read_exactly)  # noqa: B010 (a module object has no such attribute for mypy)
     # The library's muxer breaks when a read or write is cancelled, dead-locks under load in both directions, shows a
     # reset as an end of stream and never notices a frozen peer (stream_muxer/yamux/yamux.py): ours takes its place.

@@ -87,6 +87,10 @@ class MemoryStream:
     async def receive_some(self, max_bytes: int) -> bytes:
         return await self._in.get(max_bytes)
 
+    async def receive_parts(self, max_bytes: int) -> Sequence[Buffer]:
+        data = await self._in.get(max_bytes)
+        return [data] if data else []
+
     async def aclose(self) -> None:
         await self._out.finish(broken=False)
 
@@ -183,6 +187,9 @@ class MemoryNetwork:
 
     def on_disconnect(self, callback: Callable[[str], None]) -> None:
         self._disconnected.append(callback)
+
+    def on_upgrade(self, callback: Callable[[str], None]) -> None:
+        """Nothing is relayed here, so nothing is upgraded."""
 
     async def disconnect(self, peer: str) -> None:
         await self.fabric.cut(self._peer_id, peer)

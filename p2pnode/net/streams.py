@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import trio
+from libp2p.connection_types import ConnectionType
 from libp2p.stream_muxer.exceptions import MuxedStreamEOF
 
 from p2pnode.errors import StreamClosed
@@ -34,6 +35,11 @@ class NetworkStream:
     def peer(self) -> str:
         return self._peer
 
+    @property
+    def relayed(self) -> bool:
+        """Whether a relay carries the bytes of this stream."""
+        return bool(self._muxed.muxed_conn.get_connection_type() is ConnectionType.RELAYED)
+
     async def send_all(self, data: Buffer) -> None:
         await self.send_parts([data])
 
@@ -50,6 +56,14 @@ class NetworkStream:
             return await self._muxed.receive_some(max_bytes)
         except MuxedStreamEOF:
             return b""
+        except LIBRARY_ERRORS as exc:
+            raise StreamClosed(f"the stream from peer {self._peer} is closed: {exc}") from exc
+
+    async def receive_parts(self, max_bytes: int) -> Sequence[Buffer]:
+        try:
+            return await self._muxed.receive_parts(max_bytes)
+        except MuxedStreamEOF:
+            return ()
         except LIBRARY_ERRORS as exc:
             raise StreamClosed(f"the stream from peer {self._peer} is closed: {exc}") from exc
 

@@ -35,6 +35,11 @@ class Stream(Protocol):
     async def receive_some(self, max_bytes: int) -> bytes:
         """Up to `max_bytes`, as soon as something is there; `b""` at the end of the stream."""
 
+    async def receive_parts(self, max_bytes: int) -> Sequence[Buffer]:
+        """Like `receive_some`, in the pieces it came in, none of them copied; empty at the end of the stream.
+
+        The pieces must not be written to."""
+
     async def aclose(self) -> None:
         """Finish: half-close our side and forget the stream. Never raises for a peer's fault."""
 
@@ -54,6 +59,7 @@ class Connection:
     direction: str  # "in" or "out"
     since: float  # trio clock, seconds
     rtt: float | None  # seconds, None before the first ping came back
+    relayed: bool = False  # through a third peer's relay, whose limits it is under
 
 
 class Transport(Protocol):
@@ -72,8 +78,8 @@ class Transport(Protocol):
         """Be connected to `peer`, trying `addrs` and what the address book knows. Raises `PeerUnreachable`."""
 
     async def open_stream(self, peer: str, protocol: str) -> Stream:
-        """A new stream, connecting first if need be. Raises `PeerUnreachable`, or `StreamClosed` if the peer does
-        not speak `protocol`."""
+        """A new stream, over a direct connection if there is one, connecting first if need be. Raises
+        `PeerUnreachable`, or `StreamClosed` if the peer does not speak `protocol`."""
 
     def connections(self) -> list[Connection]: ...
 
@@ -82,6 +88,10 @@ class Transport(Protocol):
 
     def on_connect(self, callback: Callable[[str], None]) -> None:
         """Call `callback(peer)` when the first connection to a peer is up."""
+
+    def on_upgrade(self, callback: Callable[[str], None]) -> None:
+        """Call `callback(peer)` (synchronously, must not block) when the first direct connection to a peer is up to
+        whom there were only relayed ones. Streams opened from now on use the direct one."""
 
     async def disconnect(self, peer: str) -> None:
         """Close every connection to `peer`."""

@@ -80,27 +80,24 @@ class YamuxStream(IMuxedStream):  # type: ignore[misc]
         `MuxedStreamReset` when the stream or the connection was lost."""
         if n == 0:
             return b""
+        return b"".join(await self.receive_parts(self._stream.window if n is None or n < 0 else n))
+
+    async def receive_some(self, max_bytes: int) -> bytes:
+        """`read`, under the name our own streams use."""
+        return await self.read(max_bytes)
+
+    async def receive_parts(self, max_bytes: int) -> list[memoryview]:
+        """Like `read`, without a copy: slices of what was decrypted."""
         await self._wait_readable()
         stream = self._stream
-        want = stream.buffered if n is None or n < 0 else min(n, stream.buffered)
+        want = min(max_bytes, stream.buffered)
         parts = []
         while want > 0:
             part = self._session.read(stream, want)
             want -= len(part)
             parts.append(part)
         self.muxed_conn.wake_writer_for_updates()
-        return b"".join(parts)
-
-    async def receive_some(self, max_bytes: int) -> bytes:
-        """`read`, under the name our own streams use."""
-        return await self.read(max_bytes)
-
-    async def receive_view(self, max_bytes: int) -> memoryview:
-        """Like `read`, one frame's payload at most, and without a copy: a slice of what was decrypted."""
-        await self._wait_readable()
-        view = self._session.read(self._stream, max_bytes)
-        self.muxed_conn.wake_writer_for_updates()
-        return view
+        return parts
 
     async def _wait_readable(self) -> None:
         # Cheap when data is there: the reader task yields, and what is buffered is bounded by the window.

@@ -27,6 +27,8 @@ from protocols.manifest import Image, Kind
 if TYPE_CHECKING:
     from p2pnode.store.store import Store
 
+IOV_MAX = 1024  # limits.h: buffers of one pwritev
+
 _FLAGS = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
 
 Buffer = bytes | bytearray | memoryview
@@ -114,34 +116,42 @@ class Landing:
 
         Raises DiskFull, OutputUnwritable, StoreError.
         """
-        return self.accept_many([(digest, data)])[0]
+        return self.accept_many([(digest, (data,))])[0]
 
-    def accept_many(self, chunks: Sequence[tuple[bytes, Buffer]]) -> list[bool]:
-        """Verify and write chunks, (digest, data) each. Raises as `accept` does; then none of them counts as held."""
-        good = [len(data) == self._sizes.get(digest) and blake3(data).digest() == digest for digest, data in chunks]
+    def accept_many(self, chunks: Sequence[tuple[bytes, Sequence[Buffer]]]) -> list[bool]:
+        """Verify and write chunks, each a digest and its data in pieces. Raises as `accept` does; then none of them
+        counts as held."""
+        good = [self._is_chunk(digest, pieces) for digest, pieces in chunks]
         rows = []
         size = 0
         with self._lock:
             if self._fd < 0:
                 raise StoreError(f"{self.path} was closed before everything had arrived")
-            for ok, (digest, data) in zip(good, chunks, strict=True):
+            for ok, (digest, pieces) in zip(good, chunks, strict=True):
                 if ok:
-                    self._write(digest, data)
-                    rows.append((digest, self._source, self._places[digest][0], len(data)))
-                    size += len(data)
+                    self._write(digest, pieces)
+                    rows.append((digest, self._source, self._places[digest][0], self._sizes[digest]))
+                    size += self._sizes[digest]
             if rows:
                 self._catalog.defer(rows, size)
         return good
 
-    def _write(self, digest: bytes, data: Buffer) -> None:
-        zeros = not any(memoryview(data)[:4096]) and bytes(data).count(0) == len(data)
+    def _is_chunk(self, digest: bytes, pieces: Sequence[Buffer]) -> bool:
+        if sum(map(len, pieces)) != self._sizes.get(digest):
+            return False
+        hasher = blake3()
+        for piece in pieces:
+            hasher.update(piece)
+        return hasher.digest() == digest
+
+    def _write(self, digest: bytes, pieces: Sequence[Buffer]) -> None:
+        zeros = not any(memoryview(pieces[0])[:4096]) and all(bytes(piece).count(0) == len(piece) for piece in pieces)
         try:
             for place in self._places[digest]:
-                if zeros and self._is_hole(place, len(data)):
+                if zeros and self._is_hole(place, self._sizes[digest]):
                     continue
-                written = os.pwrite(self._fd, data, place)
-                while written < len(data):
-                    written += os.pwrite(self._fd, memoryview(data)[written:], place + written)
+                for start in range(0, len(pieces), IOV_MAX):
+                    place += _write_all(self._fd, pieces[start : start + IOV_MAX], place)
         except OSError as error:
             raise write_failure(self.path, error) from error
 
@@ -216,3 +226,14 @@ class Landing:
         if not self._catalog.sources("id = ? AND owned", self._source):
             return False  # it has become the user's
         return not self._catalog.query("SELECT 1 FROM chunks WHERE source = ? LIMIT 1", self._source)
+
+
+def _write_all(fd: int, pieces: Sequence[Buffer], place: int) -> int:
+    """Write up to IOV_MAX pieces one after the other; bytes written."""
+    size = sum(map(len, pieces))
+    written = os.pwritev(fd, pieces, place)
+    if written < size:  # rare enough to copy
+        rest = memoryview(b"".join(pieces))
+        while written < size:
+            written += os.pwrite(fd, rest[written:], place + written)
+    return size

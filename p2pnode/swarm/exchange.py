@@ -35,6 +35,7 @@ log = logging.getLogger(__name__)
 
 HAVE_INTERVAL = 0.1  # DESIGN 4: HAVEs are batched, or a swarm of N pays N frames per chunk
 UPLOAD_WORKERS = 2
+READ_BATCH = 8  # chunks per worker-thread call
 RETRY_BUSY_MS = 1000
 MAX_SESSIONS = 500
 MAX_AVAILABILITIES = 64  # per image and session; it is sent once, and again when the provider loses something
@@ -45,7 +46,7 @@ Finder = Callable[[CID, Sequence[bytes]], Awaitable[dict[str, list[bytes]]]]
 class Sink(Protocol):
     """Where the blocks of a download go. Called in worker threads."""
 
-    def accept_many(self, blocks: Sequence[tuple[bytes, Buffer]]) -> list[bool]:
+    def accept_many(self, blocks: Sequence[tuple[bytes, m.Payload]]) -> list[bool]:
         """Check blocks against their keys and keep the good ones; False for each that does not match its key.
 
         Raises a `NodeError`, which ends the download, if they cannot be kept."""
@@ -549,11 +550,11 @@ class Exchange:
                     session.send(m.DontHave((key,)))
                     continue
                 self._uploads.queued(peer, key, len(payload))
-                session.send_block(m.Block(key, m.Encoding.RAW, len(payload), payload))
+                session.send_block(m.Block(key, m.Encoding.RAW, len(payload), (payload,)))
 
     def _next_batch(self) -> list[tuple[str, bytes]]:
         batch: list[tuple[str, bytes]] = []
-        while len(batch) < 4:
+        while len(batch) < READ_BATCH:
             turn = self._uploads.next()
             if turn is None:
                 break
@@ -575,22 +576,26 @@ class Exchange:
 
 
 def _accept(download: Download, blocks: Sequence[m.Block]) -> list[bool]:
-    """Decode blocks, one after the other, and hand them to the sink. Runs in a worker thread."""
-    return [download.sink.accept_many([(block.id, _decoded(block, download.keys[block.id]))])[0] for block in blocks]
+    """Decode blocks and hand them to the sink. Runs in a worker thread."""
+    accept = download.sink.accept_many
+    if all(block.encoding is m.Encoding.RAW for block in blocks):
+        return accept([(block.id, block.payload) for block in blocks])
+    # One after the other: what is unpacked at a time is one block's worth.
+    return [accept([(block.id, _decoded(block, download.keys[block.id]))])[0] for block in blocks]
 
 
-def _decoded(block: m.Block, limit: int) -> Buffer:
+def _decoded(block: m.Block, limit: int) -> m.Payload:
     """The plain bytes of a block; empty, which no hash matches, if it does not decode to what it says, or to more than
     `limit` bytes: 200 bytes of zstd can claim 4 MiB."""
     if block.encoding is m.Encoding.RAW:
         return block.payload
     if block.size > limit:
-        return b""
+        return ()
     try:
         # Neither the frame's own size nor its window is trusted, and nothing past `size` is decoded.
         plain = zstandard.ZstdDecompressor(max_window_size=1 << 23).decompress(
-            bytes(block.payload), max_output_size=block.size, allow_extra_data=False
+            b"".join(block.payload), max_output_size=block.size, allow_extra_data=False
         )
     except zstandard.ZstdError:
-        return b""
-    return plain if len(plain) == block.size else b""
+        return ()
+    return (plain,) if len(plain) == block.size else ()

@@ -9,6 +9,7 @@ Whatever stops it, the chunks that arrived stay in the store and the next fetch 
 from __future__ import annotations
 
 import logging
+import threading
 import time
 from collections import deque
 from collections.abc import Awaitable, Callable, Collection, Sequence
@@ -29,7 +30,6 @@ from p2pnode.errors import (
 from p2pnode.failures import most_telling
 from p2pnode.images.exporter import Exporter, exporter
 from p2pnode.images.output import check_output
-from p2pnode.net.transport import Buffer
 from p2pnode.progress import Progress, Report
 from p2pnode.store import Store
 from p2pnode.store.landing import Landing
@@ -40,12 +40,14 @@ from p2pnode.swarm.holdings import chunk_key
 from p2pnode.threads import in_thread
 from protocols.cid import CID, CID_SIZE, DIGEST_SIZE
 from protocols.errors import ManifestError
+from protocols.exchange.messages import Payload
 from protocols.exchange.swarm import DownloadStats
 from protocols.manifest import MAX_BLOCK, Image, ImageAssembler
 
 log = logging.getLogger(__name__)
 
-FEED_BATCH = 2 << 20  # bytes per worker-thread call of the verifier
+FEED_BATCH = 4 << 20  # bytes per worker-thread call of the verifier
+RECENT_BYTES = 32 << 20  # what the picker lets the verifier lag behind, twice
 REPORT_INTERVAL = 0.25
 SETTLE = 2.0  # after everybody known has said no: somebody may be about to connect
 LIARS_TIMEOUT = 10.0  # when everybody who offered the image was banned: somebody honest may still be found
@@ -99,8 +101,8 @@ class _ManifestSink:
     def __init__(self) -> None:
         self.blocks: dict[CID, bytes] = {}
 
-    def accept_many(self, blocks: Sequence[tuple[bytes, Buffer]]) -> list[bool]:
-        return [self._accept(CID.from_bytes(key), bytes(data)) for key, data in blocks]
+    def accept_many(self, blocks: Sequence[tuple[bytes, Payload]]) -> list[bool]:
+        return [self._accept(CID.from_bytes(key), b"".join(pieces)) for key, pieces in blocks]
 
     def _accept(self, cid: CID, data: bytes) -> bool:
         if len(data) > MAX_BLOCK or not cid.matches(data):
@@ -109,22 +111,57 @@ class _ManifestSink:
         return True
 
 
-class _ChunkSink:
-    """Hands chunks to the landing."""
+class _Recent:
+    """Chunks that were checked and written a moment ago, for the verifier: it follows the downloads closely, and need
+    neither read nor check them again. Thread-safe; bounded, the oldest go first."""
 
-    def __init__(self, image: Image, landing: Landing) -> None:
+    def __init__(self) -> None:
+        self._chunks: dict[bytes, Payload] = {}
+        self._size = 0
+        self._lock = threading.Lock()
+
+    def put(self, digest: bytes, pieces: Payload) -> None:
+        with self._lock:
+            self._drop(digest)
+            self._chunks[digest] = pieces
+            self._size += sum(map(len, pieces))
+            while self._size > RECENT_BYTES:
+                self._drop(next(iter(self._chunks)))
+
+    def take(self, digest: bytes) -> Payload | None:
+        with self._lock:
+            return self._drop(digest)
+
+    def _drop(self, digest: bytes) -> Payload | None:
+        pieces = self._chunks.pop(digest, None)
+        if pieces is not None:
+            self._size -= sum(map(len, pieces))
+        return pieces
+
+
+class _ChunkSink:
+    """Hands chunks to the landing, and those that are good to `recent`."""
+
+    def __init__(self, image: Image, landing: Landing, recent: _Recent) -> None:
         self._image = image
         self._landing = landing
+        self._recent = recent
 
-    def accept_many(self, blocks: Sequence[tuple[bytes, Buffer]]) -> list[bool]:
-        for key, data in blocks:
+    def accept_many(self, blocks: Sequence[tuple[bytes, Payload]]) -> list[bool]:
+        for key, pieces in blocks:
             expected = self._image.chunks[key[CID_SIZE - DIGEST_SIZE :]]
-            if len(data) != expected and CID.from_bytes(key).matches(data):
+            size = sum(map(len, pieces))
+            if size != expected and CID.from_bytes(key).matches(b"".join(pieces)):
                 # Whoever made the image is to blame, not the peer that sent what was asked for.
                 raise VerificationFailed(
-                    f"image {self._image.id} is not valid: it says that a chunk of {len(data)} bytes has {expected}"
+                    f"image {self._image.id} is not valid: it says that a chunk of {size} bytes has {expected}"
                 )
-        return self._landing.accept_many([(key[CID_SIZE - DIGEST_SIZE :], data) for key, data in blocks])
+        chunks = [(key[CID_SIZE - DIGEST_SIZE :], pieces) for key, pieces in blocks]
+        good = self._landing.accept_many(chunks)
+        for ok, (digest, pieces) in zip(good, chunks, strict=True):
+            if ok:
+                self._recent.put(digest, pieces)
+        return good
 
 
 class _Arrivals:
@@ -310,6 +347,7 @@ class Fetcher:
             self._provide(image)
             await self._exchange.tell(image.id)
             arrivals = _Arrivals(image, here)
+            recent = _Recent()
             id = image.id.to_bytes()
             async with (
                 self._exchange.download(
@@ -318,7 +356,7 @@ class Fetcher:
                     [chunk_key(digest) for digest in digests],
                     list(image.chunks.values()),
                     bytes(here),
-                    _ChunkSink(image, landing),
+                    _ChunkSink(image, landing, recent),
                     arrivals.arrived,
                 ) as download,
                 trio.open_nursery() as nursery,
@@ -327,7 +365,7 @@ class Fetcher:
                 if missing:
                     nursery.start_soon(self._discover, image.id)
                 nursery.start_soon(download.fails)
-                await self._verify(image, export, arrivals)
+                await self._verify(image, export, arrivals, recent)
                 tally.add(self._exchange.stats(id))
                 nursery.cancel_scope.cancel()
             await trio.to_thread.run_sync(landing.close)
@@ -341,7 +379,7 @@ class Fetcher:
             raise
         return path
 
-    async def _verify(self, image: Image, export: Exporter, arrivals: _Arrivals) -> None:
+    async def _verify(self, image: Image, export: Exporter, arrivals: _Arrivals, recent: _Recent) -> None:
         """Hash, and export, objects as their chunks land: first those that are complete."""
         waiting = set(range(len(image.objects)))
         while waiting:
@@ -356,11 +394,11 @@ class Fetcher:
             waiting.remove(index)
             layout = image.objects[index].layout
             await trio.to_thread.run_sync(export.begin_object, index)
-            await self._feed(layout.digests, layout.sizes, export, arrivals)
+            await self._feed(layout.digests, layout.sizes, export, arrivals, recent)
             await trio.to_thread.run_sync(export.end_object)
 
     async def _feed(
-        self, digests: Sequence[bytes], sizes: Sequence[int], export: Exporter, arrivals: _Arrivals
+        self, digests: Sequence[bytes], sizes: Sequence[int], export: Exporter, arrivals: _Arrivals, recent: _Recent
     ) -> None:
         at = 0
         reloads: dict[bytes, int] = {}
@@ -370,10 +408,10 @@ class Fetcher:
                 size += sizes[end]
                 end += 1
             count = arrivals.ready(digests[at:end])
-            if not count:
+            if at + count < end:  # waking a thread costs more than hashing one chunk
                 await arrivals.wait()
                 continue
-            done, lost = await trio.to_thread.run_sync(self._feed_some, digests[at : at + count], export)
+            done, lost = await trio.to_thread.run_sync(self._feed_some, digests[at : at + count], export, recent)
             at += done
             if lost is not None:
                 reloads[lost] = reloads.get(lost, 0) + 1
@@ -385,14 +423,17 @@ class Fetcher:
                 if await trio.to_thread.run_sync(self._store.has, lost):
                     arrivals.arrived([chunk_key(lost)])  # it came again before we knew
 
-    def _feed_some(self, digests: Sequence[bytes], export: Exporter) -> tuple[int, bytes | None]:
+    def _feed_some(self, digests: Sequence[bytes], export: Exporter, recent: _Recent) -> tuple[int, bytes | None]:
         for done, digest in enumerate(digests):
-            try:
-                data = self._store.read(digest)
-            except ChunkUnavailable as exc:
-                log.warning("fetching again: %s", exc)
-                return done, digest
-            export.feed(data)
+            pieces = recent.take(digest)
+            if pieces is None:
+                try:
+                    pieces = (self._store.read(digest),)
+                except ChunkUnavailable as exc:
+                    log.warning("fetching again: %s", exc)
+                    return done, digest
+            for piece in pieces:
+                export.feed(piece)
         return len(digests), None
 
     async def _watch(self, image: Image, timeout: float, report: Report) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections import deque
-from collections.abc import Awaitable, Callable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 
 import trio
 
@@ -17,11 +17,11 @@ from protocols.exchange.session import Session, State
 
 log = logging.getLogger(__name__)
 
-READ_SIZE = 1 << 20
+READ_SIZE = 4 << 20
 MAX_CONTROL = 2 << 20  # control bytes waiting for a peer; past it we stop reading what it asks
 HELLO_TIMEOUT = 15.0
-WRITE_SIZE = 256 << 10
-WRITE_TIMEOUT = 60.0  # for each WRITE_SIZE: a peer slower than 4 KiB/s is of no use to anybody
+WRITE_SIZE = 1 << 20
+WRITE_TIMEOUT = 60.0  # for half of what the stream queues: a peer slower than 8 KiB/s is of no use to anybody
 GOODBYE_TIMEOUT = 0.5
 
 OnMessages = Callable[["PeerSession", list[m.Message]], Awaitable[None]]
@@ -118,10 +118,10 @@ class PeerSession:
 
     async def _read(self, on_messages: OnMessages) -> None:
         while True:
-            data = await self.stream.receive_some(READ_SIZE)
-            if not data:
+            parts = await self.stream.receive_parts(READ_SIZE)
+            if not parts:
                 return
-            received = list(self._protocol.receive(data))
+            received = [message for part in parts for message in self._protocol.receive(part)]
             if self._protocol.state is not State.NEW:
                 self.open.set()
             await on_messages(self, received)
@@ -138,36 +138,26 @@ class PeerSession:
                 self._control_bytes -= sum(map(len, parts))
                 self._drained.set()
             elif self._blocks:
-                block = self._blocks.popleft()
-                await self._send(m.encode(block))
-                on_sent(self, block.size)
+                blocks = self._next_blocks()
+                await self._send([part for block in blocks for part in m.encode(block)])
+                on_sent(self, sum(block.size for block in blocks))
             else:
                 self._wake = trio.Event()
                 await self._wake.wait()
 
+    def _next_blocks(self) -> list[m.Block]:
+        """Blocks of about `WRITE_SIZE` bytes: each send is a turn of several tasks."""
+        blocks = [self._blocks.popleft()]
+        size = blocks[0].size
+        while self._blocks and size + self._blocks[0].size <= WRITE_SIZE:
+            blocks.append(self._blocks.popleft())
+            size += blocks[-1].size
+        return blocks
+
     async def _send(self, parts: Sequence[Buffer]) -> None:
         self._sending = True
-        for piece in _pieces(parts):
-            with trio.move_on_after(WRITE_TIMEOUT) as scope:
-                await self.stream.send_parts(piece)
-            if scope.cancelled_caught:
-                raise StreamClosed(f"peer {self.peer} took less than {WRITE_SIZE >> 10} KiB in {WRITE_TIMEOUT:.0f} s")
+        with trio.move_on_after(WRITE_TIMEOUT) as scope:
+            await self.stream.send_parts(parts)
+        if scope.cancelled_caught:
+            raise StreamClosed(f"peer {self.peer} took nothing of {WRITE_SIZE >> 10} KiB for {WRITE_TIMEOUT:.0f} s")
         self._sending = False
-
-
-def _pieces(parts: Sequence[Buffer]) -> Iterator[list[Buffer]]:
-    """The same bytes in groups of up to `WRITE_SIZE`, nothing copied."""
-    group: list[Buffer] = []
-    room = WRITE_SIZE
-    for part in parts:
-        view = memoryview(part)
-        while len(view):
-            group.append(view[:room])
-            taken = min(room, len(view))
-            view = view[taken:]
-            room -= taken
-            if not room:
-                yield group
-                group, room = [], WRITE_SIZE
-    if group:
-        yield group

@@ -21,6 +21,7 @@ from protocols.errors import CIDError, DecodeError, FrameError
 from protocols.manifest import MAX_CHUNK, MAX_CHUNKS
 
 Buffer = bytes | bytearray | memoryview
+Payload = Sequence[Buffer]
 
 VERSION = 1
 PREFIX_SIZE = 8
@@ -29,6 +30,8 @@ MAX_IDS = 4096  # per WANT, DONT_HAVE or CANCEL frame
 MAX_RANGES = 4096
 MAX_TEXT = 256
 IGNORABLE = 0x80
+MIN_PIECE = 4096  # smaller pieces of a payload are joined, so that a million one-byte reads cost what they hold
+JOINED_PIECE = 64 << 10
 
 
 class Encoding(enum.IntEnum):
@@ -112,13 +115,13 @@ class Want:
 
 @dataclass(frozen=True, slots=True)
 class Block:
-    """A block's bytes. `size` is that of the decoded payload, in bytes."""
+    """A block's bytes, in pieces as the stream cut them. `size` is that of the decoded payload, in bytes."""
 
     TYPE: ClassVar[int] = 7
     id: bytes
     encoding: Encoding
     size: int
-    payload: Buffer
+    payload: Payload
 
 
 @dataclass(frozen=True, slots=True)
@@ -159,10 +162,10 @@ Message = Hello | Interest | Availability | Have | Records | Want | Block | Dont
 def encode(message: Message) -> list[Buffer]:
     """The buffers of a message's frame, to be sent one after the other; a BLOCK's payload is not copied."""
     header = dagcbor.encode(_header(message))
-    payload: Buffer = message.payload if isinstance(message, Block) else b""
-    total = len(header) + len(payload)
+    payload: Payload = message.payload if isinstance(message, Block) else ()
+    total = len(header) + sum(map(len, payload))
     prefix = total.to_bytes(4, "big") + bytes((message.TYPE,)) + len(header).to_bytes(3, "big")
-    return [prefix + header, payload] if len(payload) else [prefix + header]
+    return [prefix + header, *payload]
 
 
 def _header(message: Message) -> Any:
@@ -198,13 +201,14 @@ def _header(message: Message) -> Any:
 
 class FrameReader:
     """Cuts a byte stream into messages. `feed` never keeps more than one frame; sizes are checked before any buffer
-    for them exists."""
+    for them exists. Payloads are slices of what was fed, not copies: that must not change afterwards."""
 
     def __init__(self) -> None:
         self._buffer = bytearray()
         self._block: tuple[bytes, Encoding, int] | None = None
-        self._payload = bytearray()
+        self._payload: list[Buffer] = []
         self._filled = 0
+        self._left = 0  # of the payload
 
     @property
     def buffered(self) -> int:
@@ -221,15 +225,13 @@ class FrameReader:
         view = memoryview(data)
         while True:
             if self._block is not None:
-                taken = min(len(self._payload) - self._filled, len(view))
-                self._payload[self._filled : self._filled + taken] = view[:taken]
-                self._filled += taken
-                view = view[taken:]
-                if self._filled < len(self._payload):
+                piece, view = view[: self._left], view[self._left :]
+                self._keep(piece)
+                if self._left:
                     return
                 key, encoding, size = self._block
                 message = Block(key, encoding, size, self._payload)
-                self._block, self._payload, self._filled = None, bytearray(), 0
+                self._block, self._payload, self._filled = None, [], 0
                 yield message
                 continue
             need = self._frame_size() - len(self._buffer)
@@ -243,6 +245,19 @@ class FrameReader:
             self._buffer.clear()
             if parsed is not None:
                 yield parsed
+
+    def _keep(self, piece: memoryview) -> None:
+        size = len(piece)
+        self._left -= size
+        self._filled += size
+        if size >= MIN_PIECE:
+            self._payload.append(piece)
+            return
+        last = self._payload[-1] if self._payload else None
+        if isinstance(last, bytearray) and len(last) < JOINED_PIECE:
+            last += piece
+        elif size:
+            self._payload.append(bytearray(piece))
 
     def _frame_size(self) -> int:
         """Bytes wanted in the buffer: the prefix, then prefix and header (a skipped frame's body counts as header)."""
@@ -281,7 +296,7 @@ class FrameReader:
             raise FrameError(f"a raw block of {size} bytes with a payload of {length}")
         if length == 0:
             raise FrameError("a block without a payload")
-        self._block, self._payload, self._filled = (key, encoding, size), bytearray(length), 0
+        self._block, self._payload, self._filled, self._left = (key, encoding, size), [], 0, length
         return None
 
 
@@ -415,7 +430,7 @@ _DECODERS: dict[int, Callable[[Any], Message]] = {
     Have.TYPE: _have,
     Records.TYPE: _records,
     Want.TYPE: _want,
-    Block.TYPE: lambda value: Block(*_block_header(value), b""),
+    Block.TYPE: lambda value: Block(*_block_header(value), ()),
     DontHave.TYPE: lambda value: DontHave(_id_list(value, "DONT_HAVE")),
     Cancel.TYPE: lambda value: Cancel(_id_list(value, "CANCEL")),
     Busy.TYPE: _busy,

@@ -2,7 +2,9 @@
 
 Random until four chunks are there, then rarest first with ties at random (Cohen 2003, "Incentives build robustness in
 BitTorrent", section 2.4; libtorrent's piece_picker keeps the same buckets by availability), or in order for somebody
-who is reading. Chunks are numbered in the image's order; what a peer has is a bit field (most significant bit first).
+who is reading. Where everybody has everything no chunk is rarer than another, and chunks come nearly in order: whoever
+verifies the image can follow closely, and yet several who fetch the same do not ask for the same. Chunks are numbered
+in the image's order; what a peer has is a bit field (most significant bit first).
 """
 
 from __future__ import annotations
@@ -13,6 +15,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Protocol
 
 RANDOM_FIRST = 4  # libtorrent's initial_picker_threshold
+NEARLY = 16  # chunks among which the next is picked at random when they come nearly in order: 4 MiB
 SCAN = 256  # chunks looked at per bucket before `Scattered` is the answer; bounds the work per choice
 
 
@@ -51,6 +54,7 @@ class Picker:
     def __init__(self, count: int, wanted: Iterable[int], rng: Random, order: Order = Order.RAREST) -> None:
         self.order = order
         self.taken = 0
+        self.seeds_only = False  # told by the owner: nobody is known to have only a part
         self._rng = rng
         self._availability = array("H", bytes(2 * count))
         self._buckets: list[list[int]] = [[]]
@@ -127,7 +131,12 @@ class Picker:
         """
         if not self._count:
             return None
-        index = self._next_in_order(has) if self.order is Order.SEQUENTIAL else self._rarest(has)
+        if self.order is Order.SEQUENTIAL:
+            index = self._next_in_order(has)
+        elif self.seeds_only:
+            index = self._next_nearly_in_order(has)
+        else:
+            index = self._rarest(has)
         if index is None:
             raise Scattered
         self.take(index)
@@ -142,11 +151,17 @@ class Picker:
         """The chunks in the picker that only peers who have everything, or nobody, are known to have."""
         return self._buckets[0]
 
-    def _next_in_order(self, has: Has) -> int | None:
+    def _next_in_order(self, has: Has, skip: int = 0) -> int | None:
         while self._cursor < len(self._place) and self._place[self._cursor] < 0:
             self._cursor += 1
-        ahead = range(self._cursor, min(self._cursor + 16 * SCAN, len(self._place)))
+        ahead = range(self._cursor + skip, min(self._cursor + skip + 16 * SCAN, len(self._place)))
         return next((i for i in ahead if self._place[i] >= 0 and has(i)), None)
+
+    def _next_nearly_in_order(self, has: Has) -> int | None:
+        # Every third or fourth is the very next one, or some would lag behind for long.
+        skip = max(0, int(self._rng.random() * NEARLY * 4 / 3) - NEARLY // 3)
+        index = self._next_in_order(has, skip)
+        return self._next_in_order(has) if index is None else index
 
     def _rarest(self, has: Has) -> int | None:
         buckets = self._buckets

@@ -118,6 +118,8 @@ class _Download:
         self.index = {key: i for i, key in enumerate(event.keys)}
         self.here = bytearray(event.here)
         self.picker = Picker(len(event.keys), (i for i, h in enumerate(event.here) if not h), rng, event.order)
+        self.picker.seeds_only = True
+        self.partial_peers = 0
         self.remaining = len(self.picker)
         self.remaining_bytes = sum(size for size, h in zip(event.sizes, event.here, strict=True) if not h)
         self.received: dict[str, int] = {}
@@ -325,6 +327,8 @@ class Swarm:
             return
         if bits is None or count != len(d.keys):
             return  # those who have everything make no chunk rarer than another
+        d.partial_peers += by
+        d.picker.seeds_only = not d.partial_peers
         for index in _ones(bits):
             d.picker.change(index, by)
 

@@ -43,7 +43,7 @@ def _give(source: Store, home: Path, id: CID, blocks: dict[CID, bytes], digests:
         try:
             for start in range(0, len(digests), _BATCH):
                 batch = digests[start : start + _BATCH]
-                _check(landing.accept_many([(digest, source.read(digest)) for digest in batch]))
+                _check(landing.accept_many([(digest, (source.read(digest),)) for digest in batch]))
         finally:
             landing.close()
 

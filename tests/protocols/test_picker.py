@@ -7,7 +7,7 @@ import pytest
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
-from protocols.exchange.picker import RANDOM_FIRST, Order, Picker, Scattered, bit_test
+from protocols.exchange.picker import NEARLY, RANDOM_FIRST, Order, Picker, Scattered, bit_test
 
 
 def test_rarest_first_after_the_first_few() -> None:
@@ -99,3 +99,29 @@ class PickerMachine(RuleBasedStateMachine):
 
 
 TestPicker = PickerMachine.TestCase
+
+
+def test_with_seeds_only_chunks_come_nearly_in_order_and_differ_between_fetchers() -> None:
+    orders = []
+    for seed in range(2):
+        picker = Picker(2000, range(2000), random.Random(seed))
+        picker.seeds_only = True
+        orders.append([picker.pick(lambda _: True) for _ in range(2000)])
+    for order in orders:
+        assert sorted(order) == list(range(2000))
+        place = {index: at for at, index in enumerate(order)}
+        lag = max(max(place[i] for i in range(n)) - n for n in range(100, 1900, 100))
+        assert lag < 5 * NEARLY, "a verifier that follows must find what it needs in a cache of bounded size"
+    assert orders[0][:20] != orders[1][:20]
+
+
+def test_one_partial_peer_makes_it_rarest_first_again() -> None:
+    picker = Picker(1000, range(1000), random.Random(1))
+    picker.seeds_only = True
+    for _ in range(10):
+        picker.pick(lambda _: True)
+    picker.seeds_only = False
+    for index in range(1000):
+        if index != 900:
+            picker.change(index, +1)
+    assert picker.pick(lambda _: True) == 900

@@ -15,7 +15,7 @@ OTHERS: list[m.Message] = [
     m.Have(ROOT, ((0, 1),)),
     m.Records(ROOT, {}),
     m.Want((KEY,)),
-    m.Block(KEY, m.Encoding.RAW, 1, b"x"),
+    m.Block(KEY, m.Encoding.RAW, 1, (b"x",)),
     m.DontHave((KEY,)),
     m.Cancel((KEY,)),
     m.Busy(1),
@@ -58,7 +58,7 @@ def test_second_hello_other_version_and_unoffered_encoding_end_it() -> None:
     with pytest.raises(FrameError, match="version 2"):
         list(Session("x").receive(wire(m.Hello(version=2))))
     with pytest.raises(FrameError, match="DELTA"):
-        list(opened().receive(wire(m.Block(KEY, m.Encoding.DELTA, 1, b"x"))))
+        list(opened().receive(wire(m.Block(KEY, m.Encoding.DELTA, 1, (b"x",)))))
 
 
 def test_goodbye_may_come_first() -> None:
@@ -80,7 +80,7 @@ def test_interests_are_bounded() -> None:
 
 def test_receiving_block_is_true_from_first_to_last_byte() -> None:
     session = opened()
-    data = wire(m.Block(KEY, m.Encoding.RAW, 4, b"abcd"))
+    data = wire(m.Block(KEY, m.Encoding.RAW, 4, (b"abcd",)))
     assert not session.receiving_block
     for byte in data[:-1]:
         assert not list(session.receive(bytes([byte])))

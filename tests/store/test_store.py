@@ -22,7 +22,7 @@ def fetched(store: Store, seed: int = 1, chunks: int = 20, out: Path | None = No
     image, blocks, parts, data = sample_file(seed, chunks, **options)
     add(store, image, blocks)
     landing = store.landing(image, out)
-    assert landing.accept_many(list(parts.items())) == [True] * len(parts)
+    assert landing.accept_many([(digest, (data,)) for digest, data in parts.items()]) == [True] * len(parts)
     landing.close()
     return image, parts, data
 
@@ -88,7 +88,7 @@ def test_two_versions_share_chunks(store: Store, tmp_path: Path) -> None:
     assert landing.copy_local(second.chunks) == 20 * CHUNK
     missing = landing.missing()
     assert set(missing) == more.keys() - parts.keys()
-    landing.accept_many([(digest, more[digest]) for digest in missing])
+    landing.accept_many([(digest, (more[digest],)) for digest in missing])
     landing.close()
     export(store, second, tmp_path / "v2")
     assert (tmp_path / "v2").read_bytes() == data
@@ -258,7 +258,7 @@ def test_two_processes_may_open_one_store(store: Store, tmp_path: Path) -> None:
     image, blocks, parts, _ = sample_file(1, 5)
     add(store, image, blocks)
     landing = store.landing(image)
-    landing.accept_many(list(parts.items()))
+    landing.accept_many([(digest, (data,)) for digest, data in parts.items()])
     landing.flush()
     with Store.open(tmp_path / "home") as second:
         assert [record.held_chunks for record in second.images()] == [5]
@@ -295,7 +295,7 @@ def test_kill_loses_at_most_what_was_not_committed(tmp_path: Path) -> None:
         assert 5001 - held <= (8 << 20) // CHUNK
         assert store.verify(image.id).chunks == held, "what is committed is on the disk"
         landing = store.landing(image, tmp_path / "out")
-        landing.accept_many([(digest, parts[digest]) for digest in landing.missing()])
+        landing.accept_many([(digest, (parts[digest],)) for digest in landing.missing()])
         landing.close()
         export(store, image, tmp_path / "out")
     assert (tmp_path / "out").read_bytes() == data
@@ -333,7 +333,7 @@ def test_full_disk_is_an_error_and_resumes(store: Store, small_disk: Path) -> No
     remount(small_disk, "2m")
     landing = store.landing(image, small_disk / "out")
     assert len(landing.missing()) == 200 - held
-    landing.accept_many([(digest, parts[digest]) for digest in landing.missing()])
+    landing.accept_many([(digest, (parts[digest],)) for digest in landing.missing()])
     landing.close()
     export(store, image, small_disk / "out")
     assert (small_disk / "out").read_bytes() == data
@@ -358,6 +358,6 @@ def test_full_disk_below_the_catalog_too(small_disk: Path) -> None:
     remount(small_disk, "4m")
     with Store.open(small_disk) as store:
         landing = store.landing(image)
-        landing.accept_many([(digest, parts[digest]) for digest in landing.missing()])
+        landing.accept_many([(digest, (parts[digest],)) for digest in landing.missing()])
         landing.close()
         assert store.verify(image.id).ok

@@ -191,7 +191,7 @@ async def liar(stream: Stream) -> None:
             elif isinstance(message, m.Want):
                 for key in message.ids:
                     size = LIAR_SIZES.get(key, 1000)
-                    await stream.send_parts(m.encode(m.Block(key, m.Encoding.RAW, size, b"\xff" * size)))
+                    await stream.send_parts(m.encode(m.Block(key, m.Encoding.RAW, size, (b"\xff" * size,))))
 
 
 async def staller(stream: Stream) -> None:

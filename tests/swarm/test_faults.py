@@ -69,7 +69,9 @@ async def test_a_zstd_bomb_is_not_decoded(world: World, tmp_path: Path) -> None:
                 if isinstance(message, m.Interest):
                     await stream.send_parts(m.encode(m.Availability(message.root, len(image.chunks))))
                 elif isinstance(message, m.Want):
-                    frame = b"".join(bytes(p) for p in m.encode(m.Block(message.ids[0], m.Encoding.ZSTD, size, bomb)))
+                    frame = b"".join(
+                        bytes(p) for p in m.encode(m.Block(message.ids[0], m.Encoding.ZSTD, size, (bomb,)))
+                    )
                     await stream.send_all(frame * 400)
 
     bad = world.fabric.node("bad")

@@ -40,10 +40,13 @@ async def echo(stream) -> None:
 async def sink(stream) -> None:
     """Count bytes until the end of the stream, then answer with the count."""
     total = 0
-    view = getattr(stream.muxed_stream, "receive_view", stream.muxed_stream.read)
+    parts = getattr(stream.muxed_stream, "receive_parts", None)
     try:
         while True:
-            total += len(await view(1 << 20))
+            if parts is not None:
+                total += sum(map(len, await parts(1 << 20)))
+            else:
+                total += len(await stream.muxed_stream.read(1 << 20))
     except EOFError:
         await stream.write(total.to_bytes(8, "big"))
         await stream.close()
