@@ -45,6 +45,7 @@ from protocols.exchange.window import Window
 BAN_SCORE = -7  # libtorrent's trust points: -2 for a bad piece, +1 for a good one, banned at -7
 GOOD_SCORE_CAP = 8
 BAN_SECONDS = 3600.0
+MAX_PUSH = 2.0  # one that is slow all the same answers after twice the usual time
 FIRST_TIMEOUT = 8.0  # nothing measured yet: a busy seed may serve a hundred others first
 SNUB_FIRST, SNUB_MAX = 2.0, 64.0
 FIND_INTERVAL = 60.0  # Kraken and boxo ask for more providers once a minute
@@ -541,12 +542,18 @@ class Swarm:
             self._endgame(peer, downloads)
 
     def _limit(self, peer: _Peer) -> float:
-        """The peer's window, but near the end no more than its share by rate, so that all finish together."""
-        total = sum(p.window.rate for p in self._peers.values())
-        if len(self._peers) < 2 or not peer.window.rate:
+        """The peer's window; more for those slower than the average, as they may be slow only because little is asked
+        of them; but near the end no more than its share by rate, so that all finish together."""
+        rate = peer.window.rate
+        rates = [p.window.rate for p in self._peers.values() if p.window.rate]
+        if len(rates) < 2 or not rate:
             return peer.window.size
+        total = sum(rates)
+        # Where we are the bottleneck, everybody answers after the same time, so rates follow windows and windows
+        # rates: without this push whatever they were first would stay.
+        push = min(max(total / len(rates) / rate, 1.0), MAX_PUSH)
         left = sum(d.remaining_bytes for d in self._downloads.values())
-        return min(peer.window.size, left * peer.window.rate / total + 1)
+        return min(peer.window.size * push, left * rate / total + 1)
 
     def _pick(self, peer: _Peer, d: _Download) -> int | None:
         if not len(d.picker):

@@ -75,7 +75,7 @@ class Allowance:
 
 # Round trips between two Python event loops take this long however near the peer is: without a floor a loopback
 # window would stop growing at a size that leaves the link idle while either side is busy encrypting.
-RTT_FLOOR = 0.002
+RTT_FLOOR = 0.010
 
 
 def grown_window(window: int, since_last_update: float, rtt: float | None, limit: int) -> int:
