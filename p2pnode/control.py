@@ -72,7 +72,8 @@ class NodeAPI(Protocol):
         """Get an image by link or id, asking `peers` (multiaddresses) too; give up after `timeout` s of no progress.
 
         {"image", "path", "bytes", "received_bytes", "duplicate_bytes", "from": {peer: bytes}, "banned": [peer],
-        "relayed_bytes", "seconds"}
+        "relayed_bytes", "connections": {peer: {"path": "direct" or "relayed", "direct_after": seconds or None}},
+        "seconds"}
         """
 
     async def images(self) -> list[Result]:

@@ -68,14 +68,19 @@ class _Pipe:
 class MemoryStream:
     """One end of an in-memory stream (`transport.Stream`)."""
 
-    def __init__(self, peer: str, incoming: _Pipe, outgoing: _Pipe) -> None:
+    def __init__(self, peer: str, incoming: _Pipe, outgoing: _Pipe, relayed: bool = False) -> None:
         self._peer = peer
+        self._relayed = relayed
         self._in = incoming
         self._out = outgoing
 
     @property
     def peer(self) -> str:
         return self._peer
+
+    @property
+    def relayed(self) -> bool:
+        return self._relayed
 
     async def send_all(self, data: Buffer) -> None:
         await self._out.put(data)
@@ -100,11 +105,15 @@ class MemoryStream:
 
 
 class MemoryFabric:
-    """The wire between the nodes of one test. `cut(a, b)` and `stop(a)` are its faults."""
+    """The wire between the nodes of one test. `cut(a, b)` and `stop(a)` are its faults.
+
+    Nodes that `relay(a, b)` was called for reach each other through a relay, until `upgrade(a, b)`.
+    """
 
     def __init__(self, nursery: trio.Nursery) -> None:
         self.nursery = nursery
         self.nodes: dict[str, MemoryNetwork] = {}
+        self.relayed: set[frozenset[str]] = set()
 
     def node(self, peer_id: str) -> MemoryNetwork:
         node = self.nodes[peer_id] = MemoryNetwork(self, peer_id)
@@ -116,6 +125,24 @@ class MemoryFabric:
             node = self.nodes.get(here)
             if node is not None:
                 await node._lost(there)
+
+    def relay(self, a: str, b: str) -> None:
+        """Whatever streams these two open from now on are relayed."""
+        self.relayed.add(frozenset((a, b)))
+
+    def upgrade(self, a: str, b: str) -> None:
+        """A direct connection comes up beside the relayed one, whose streams go on."""
+        self.relayed.discard(frozenset((a, b)))
+        for here, there in ((a, b), (b, a)):
+            for callback in self.nodes[here].upgraded:
+                callback(there)
+
+    async def stop_relay(self, a: str, b: str) -> None:
+        """The relay dies: its streams break, direct ones go on."""
+        for here, there in ((a, b), (b, a)):
+            for stream in self.nodes[here].links.get(there, []):
+                if stream.relayed:
+                    await stream.reset()
 
     async def stop(self, peer_id: str) -> None:
         """The node dies: everybody loses it and nobody can dial it."""
@@ -136,6 +163,7 @@ class MemoryNetwork:
         self.links: dict[str, list[MemoryStream]] = {}
         self._connected: list[Callable[[str], None]] = []
         self._disconnected: list[Callable[[str], None]] = []
+        self.upgraded: list[Callable[[str], None]] = []
 
     @property
     def peer_id(self) -> str:
@@ -165,7 +193,9 @@ class MemoryNetwork:
         if protocol not in other.handlers:
             raise StreamClosed(f"peer {peer} does not speak {protocol}")
         there, back = _Pipe(), _Pipe()
-        ours, theirs = MemoryStream(peer, back, there), MemoryStream(self._peer_id, there, back)
+        relayed = frozenset((self._peer_id, peer)) in self.fabric.relayed
+        ours = MemoryStream(peer, back, there, relayed)
+        theirs = MemoryStream(self._peer_id, there, back, relayed)
         self.links[peer].append(ours)
         other.links[self._peer_id].append(theirs)
         self.fabric.nursery.start_soon(self._serve, other.handlers[protocol], theirs)
@@ -189,7 +219,7 @@ class MemoryNetwork:
         self._disconnected.append(callback)
 
     def on_upgrade(self, callback: Callable[[str], None]) -> None:
-        """Nothing is relayed here, so nothing is upgraded."""
+        self.upgraded.append(callback)
 
     async def disconnect(self, peer: str) -> None:
         await self.fabric.cut(self._peer_id, peer)

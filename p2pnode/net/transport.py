@@ -26,6 +26,10 @@ class Stream(Protocol):
     def peer(self) -> str:
         """The authenticated peer id of the other side."""
 
+    @property
+    def relayed(self) -> bool:
+        """Whether a relay carries the bytes of this stream."""
+
     async def send_all(self, data: Buffer) -> None:
         """Send all of `data`; waits while the peer's window is full."""
 

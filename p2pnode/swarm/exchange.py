@@ -65,6 +65,8 @@ class Download:
     failed: trio.Event = field(default_factory=trio.Event)
     failure: NodeError | None = None
     last: DownloadStats | None = None
+    relayed: dict[str, int] = field(default_factory=dict)  # bytes that came through a relay, by peer
+    moved: dict[str, float] = field(default_factory=dict)  # peers that a direct connection was made to, and when
 
     async def fails(self) -> None:
         """Raises the error that stops the download, also when all was here once; never returns."""
@@ -107,6 +109,7 @@ class Exchange:
         self._uploads = Uploads()
         self._holdings = Holdings(store)
         self._sessions: dict[str, PeerSession] = {}
+        self._retired: set[PeerSession] = set()  # relayed ones that a direct one has taken over from
         self._joining: dict[str, trio.Event] = {}
         self._downloads: dict[bytes, Download] = {}
         self._bans: dict[str, float] = {}
@@ -128,6 +131,7 @@ class Exchange:
         self._store.on_lost(lambda digests: token.run_sync_soon(self._lost, list(digests)))
         self._transport.handle(PROTOCOL_ID, self._inbound)
         self._transport.on_connect(self._connected)
+        self._transport.on_upgrade(self._upgraded)
         async with trio.open_nursery() as nursery:
             self._nursery = nursery
             nursery.start_soon(self._timer)
@@ -144,6 +148,8 @@ class Exchange:
         """Take no more sessions and say goodbye to everybody; returns when they are told."""
         self._nursery = None
         for session in list(self._sessions.values()):
+            session.close("shutting down")
+        for session in self._retired:
             session.close("shutting down")
         while self._sessions:
             await self.left()
@@ -181,6 +187,23 @@ class Exchange:
         if self._downloads and self._nursery is not None:
             self._nursery.start_soon(self._try_join, peer)
 
+    def _upgraded(self, peer: str) -> None:
+        """A direct connection stands beside a relayed one: the side that dialled the session moves it there."""
+        session = self._sessions.get(peer)
+        if session is not None and session.relayed and session.dialled and self._nursery is not None:
+            self._nursery.start_soon(self._move, session)
+
+    async def _move(self, old: PeerSession) -> None:
+        try:
+            stream = await self._transport.open_stream(old.peer, PROTOCOL_ID)
+        except RemoteError as exc:
+            log.info("the exchange with %s stays on its relay: %s", old.peer, exc)
+            return
+        if stream.relayed or self._nursery is None or self._sessions.get(old.peer) is not old:
+            await stream.reset()
+            return
+        await self._serve_dialled(PeerSession(stream, agent=self._agent, dialled=True))
+
     async def _try_join(self, peer: str, addrs: Sequence[str] = ()) -> None:
         try:
             await self.join(peer, addrs)
@@ -203,7 +226,11 @@ class Exchange:
     def _supersedes(self, session: PeerSession) -> bool:
         """Two peers that open sessions to each other at once must both keep the same one: that of the lower id."""
         old = self._sessions.get(session.peer)
-        if old is None or old.dialled == session.dialled:
+        if old is None:
+            return True
+        if old.relayed != session.relayed:
+            return old.relayed
+        if old.dialled == session.dialled:
             return True
         return session.dialled == (self._transport.peer_id < session.peer)
 
@@ -221,11 +248,14 @@ class Exchange:
             await session.stream.reset()
             return
         old = self._sessions.get(peer)
-        if old is not None:
-            self._leave(old)
-            old.close("superseded")
-        self._sessions[peer] = session
-        self._handle(ev.PeerJoined(peer))
+        if old is not None and old.relayed and not session.relayed:
+            self._take_over(old, session)
+        else:
+            if old is not None:
+                self._leave(old)
+                old.close("superseded")
+            self._sessions[peer] = session
+            self._handle(ev.PeerJoined(peer))
         for root in {download.root for download in self._downloads.values()}:
             session.send(m.Interest(root))
         try:
@@ -233,6 +263,33 @@ class Exchange:
         finally:
             if self._sessions.get(peer) is session:
                 self._leave(session)
+            elif session in self._retired:
+                self._forget_retired(session)
+
+    def _take_over(self, old: PeerSession, new: PeerSession) -> None:
+        """From now on everything goes through `new`; what was asked for before comes through `old`.
+
+        What is owed to whom belongs to the peer, not to a session, so nothing is lost and nothing is asked for twice.
+        """
+        log.info("the exchange with %s moved from its relay to a direct connection", old.peer)
+        self._sessions[old.peer] = new
+        self._retired.add(old)
+        new.following, old.following = old.following, {}
+        for download in self._downloads.values():
+            download.moved.setdefault(old.peer, trio.current_time())
+        assert self._nursery is not None
+        self._nursery.start_soon(self._retire, old, new)
+
+    async def _retire(self, old: PeerSession, new: PeerSession) -> None:
+        await new.open.wait()  # before, the peer does not know yet that `old` is not all there is
+        old.retire()
+
+    def _forget_retired(self, session: PeerSession) -> None:
+        self._retired.discard(session)
+        self._uploads.sent(session.peer, session.unsent)
+        self._uploads_changed.set()
+        if not session.finished:  # the relay went first: what it still carried is asked for again
+            self._handle(ev.PeerBusy(session.peer, 0.0))
 
     def _unfollow(self, session: PeerSession) -> None:
         roots, session.following = session.following, {}
@@ -259,9 +316,12 @@ class Exchange:
 
     async def _on_messages(self, session: PeerSession, received: list[m.Message]) -> None:
         blocks: list[m.Block] = []
+        through = session
         for message in received:
-            if self._sessions.get(session.peer) is not session:
+            current = self._sessions.get(through.peer)
+            if current is None or (current is not through and through not in self._retired):
                 return  # banned or superseded by what came before
+            session = current  # answers to what came through a retired session go through the one that took over
             match message:
                 case m.Block():
                     blocks.append(message)
@@ -284,9 +344,9 @@ class Exchange:
                 case m.Hello() | m.Goodbye() | m.Records():
                     pass
         if blocks:
-            await self._on_blocks(session.peer, blocks)
-        elif session.receiving_block:
-            self._handle(ev.PeerProgress(session.peer))
+            await self._on_blocks(through, blocks)
+        elif through.receiving_block:
+            self._handle(ev.PeerProgress(through.peer))
 
     def _on_availability(self, peer: str, message: m.Availability) -> None:
         root = message.root
@@ -318,8 +378,9 @@ class Exchange:
         else:
             self._unfollow(session)
 
-    async def _on_blocks(self, peer: str, blocks: list[m.Block]) -> None:
+    async def _on_blocks(self, session: PeerSession, blocks: list[m.Block]) -> None:
         """Check and keep blocks, in one worker-thread call for each download they belong to."""
+        peer = session.peer
         batches: dict[bytes, list[m.Block]] = {}
         seen: set[bytes] = set()
         for block in blocks:
@@ -343,7 +404,10 @@ class Exchange:
                 if self._downloads.get(id) is download:
                     self._fail(download, exc)
                 continue
-            self._received[peer] = self._received.get(peer, 0) + sum(block.size for block in batch)
+            size = sum(block.size for block in batch)
+            self._received[peer] = self._received.get(peer, 0) + size
+            if session.relayed:
+                download.relayed[peer] = download.relayed.get(peer, 0) + size
             good = [block.id for block, verdict in zip(batch, verdicts, strict=True) if verdict]
             self._arrived(good)
             for block, verdict in zip(batch, verdicts, strict=True):

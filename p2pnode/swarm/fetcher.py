@@ -35,7 +35,7 @@ from p2pnode.store import Store
 from p2pnode.store.landing import Landing
 from p2pnode.store.records import Origin
 from p2pnode.store.space import check_space
-from p2pnode.swarm.exchange import Exchange, manifest_id
+from p2pnode.swarm.exchange import Download, Exchange, manifest_id
 from p2pnode.swarm.holdings import chunk_key
 from p2pnode.threads import in_thread
 from protocols.cid import CID, CID_SIZE, DIGEST_SIZE
@@ -69,13 +69,16 @@ class FetchOptions:
 
 @dataclass(frozen=True, slots=True)
 class Fetched:
-    """The outcome. Byte counts are of blocks received for this fetch; `sources` by peer id."""
+    """The outcome. Byte counts are of blocks received for this fetch; `sources` by peer id, `relayed` what of it came
+    through relays, `direct_after` the seconds after which a direct connection took over from one."""
 
     image: Image
     path: Path | None
     received_bytes: int
     duplicate_bytes: int
     sources: dict[str, int]
+    relayed: dict[str, int]
+    direct_after: dict[str, float]
     banned: dict[str, str]
     seconds: float
 
@@ -84,11 +87,18 @@ class Fetched:
 class _Tally:
     """What was received, over the manifest's and the chunks' downloads."""
 
+    began: float = field(default_factory=trio.current_time)
     sources: dict[str, int] = field(default_factory=dict)
+    relayed: dict[str, int] = field(default_factory=dict)
+    direct_after: dict[str, float] = field(default_factory=dict)
     duplicates: int = 0
     banned: dict[str, str] = field(default_factory=dict)
 
-    def add(self, stats: DownloadStats) -> None:
+    def add(self, stats: DownloadStats, download: Download) -> None:
+        for peer, size in download.relayed.items():
+            self.relayed[peer] = self.relayed.get(peer, 0) + size
+        for peer, at in download.moved.items():
+            self.direct_after.setdefault(peer, at - self.began)
         for peer, size in stats.received.items():
             self.sources[peer] = self.sources.get(peer, 0) + size
         self.duplicates += stats.duplicate_bytes
@@ -244,6 +254,8 @@ class Fetcher:
             sum(tally.sources.values()) + tally.duplicates,
             tally.duplicates,
             tally.sources,
+            tally.relayed,
+            tally.direct_after,
             tally.banned,
             time.monotonic() - began,
         )
@@ -264,7 +276,7 @@ class Fetcher:
                     manifest_id(root), root, keys, sizes, bytes(len(keys)), sink, lambda _: None
                 ) as download:
                     await self._manifest_blocks(root, download.wait, searched, options.timeout)
-                    tally.add(self._exchange.stats(manifest_id(root)))
+                    tally.add(self._exchange.stats(manifest_id(root)), download)
                 try:
                     for cid in sorted(assembler.missing & sink.blocks.keys()):
                         assembler.add(cid, sink.blocks[cid])
@@ -366,7 +378,7 @@ class Fetcher:
                     nursery.start_soon(self._discover, image.id)
                 nursery.start_soon(download.fails)
                 await self._verify(image, export, arrivals, recent)
-                tally.add(self._exchange.stats(id))
+                tally.add(self._exchange.stats(id), download)
                 nursery.cancel_scope.cancel()
             await trio.to_thread.run_sync(landing.close)
             report(Progress("exporting", image.size, image.size))

@@ -23,6 +23,7 @@ HELLO_TIMEOUT = 15.0
 WRITE_SIZE = 1 << 20
 WRITE_TIMEOUT = 60.0  # for half of what the stream queues: a peer slower than 8 KiB/s is of no use to anybody
 GOODBYE_TIMEOUT = 0.5
+RETIRE_TIMEOUT = 30.0  # for the blocks that a relay still carries when a direct connection has taken over
 
 OnMessages = Callable[["PeerSession", list[m.Message]], Awaitable[None]]
 OnSent = Callable[["PeerSession", int], None]
@@ -44,12 +45,28 @@ class PeerSession:
         self._wake = trio.Event()
         self._drained = trio.Event()
         self._sending = False
+        self._retired = False
+        self._farewelled = trio.Event()
         self._closing: str | None = None
         self._scope = trio.CancelScope()
 
     @property
     def receiving_block(self) -> bool:
         return self._protocol.receiving_block
+
+    @property
+    def relayed(self) -> bool:
+        return self.stream.relayed
+
+    @property
+    def unsent(self) -> int:
+        """Bytes of queued blocks that the stream has not taken."""
+        return sum(block.size for block in self._blocks)
+
+    @property
+    def finished(self) -> bool:
+        """Whether the peer has said that nothing more follows."""
+        return self._protocol.state is State.DONE
 
     def send(self, message: m.Message) -> None:
         """Queue a control frame."""
@@ -76,6 +93,12 @@ class PeerSession:
             self._wake.set()
             # A peer that does not read would keep the writer, and so the session, for a minute.
             self._scope.deadline = trio.current_time() + GOODBYE_TIMEOUT
+
+    def retire(self) -> None:
+        """Another session with the peer takes over: send what is queued, and end when the peer has done so too."""
+        self._retired = True
+        self._wake.set()
+        self._scope.deadline = trio.current_time() + RETIRE_TIMEOUT
 
     async def run(self, on_messages: OnMessages, on_sent: OnSent) -> None:
         """Serve the session until either side ends it. Raises nothing for what a peer does."""
@@ -126,6 +149,8 @@ class PeerSession:
                 self.open.set()
             await on_messages(self, received)
             if self._protocol.state is State.DONE:
+                if self._retired:
+                    await self._farewelled.wait()
                 return
             await self.room()
 
@@ -141,6 +166,10 @@ class PeerSession:
                 blocks = self._next_blocks()
                 await self._send([part for block in blocks for part in m.encode(block)])
                 on_sent(self, sum(block.size for block in blocks))
+            elif self._retired:
+                await self._send(m.encode(m.Goodbye("moved to a direct connection")))
+                self._farewelled.set()
+                await trio.sleep_forever()  # until the other direction ends
             else:
                 self._wake = trio.Event()
                 await self._wake.wait()

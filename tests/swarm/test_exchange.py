@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
@@ -80,16 +80,6 @@ class World:
         self.peers.append(peer)
         await self.nursery.start(peer.exchange.run)
         return peer
-
-
-@pytest.fixture
-async def world(tmp_path: Path) -> AsyncIterator[World]:
-    async with trio.open_nursery() as nursery:
-        world = World(tmp_path, nursery)
-        yield world
-        nursery.cancel_scope.cancel()
-    for peer in world.peers:
-        peer.store.close()
 
 
 def drop(store: Store, digests: Sequence[bytes]) -> None:

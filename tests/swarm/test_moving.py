@@ -1,0 +1,88 @@
+"""An exchange that begins over a relay and moves to a direct connection."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import trio
+
+from tests.swarm.test_exchange import Peer, World, content
+
+SIZE = 24 << 20
+
+
+async def received(peer: Peer, at_least: int, root: bytes) -> None:
+    while True:
+        with trio.move_on_after(1):
+            await peer.exchange.progress()
+        try:
+            stats = peer.exchange.stats(root)
+        except KeyError:
+            continue
+        if sum(stats.received.values()) >= at_least:
+            return
+
+
+@pytest.mark.parametrize("upgrader", ["leech", "seed"])
+async def test_the_exchange_moves_without_losing_or_repeating_a_chunk(
+    world: World,
+    tmp_path: Path,
+    upgrader: str,
+) -> None:
+    seed, leech = await world.peer("seed"), await world.peer("leech")
+    world.fabric.relay("seed", "leech")
+    (tmp_path / "a.img").write_bytes(content(SIZE))
+    image = seed.provide(tmp_path / "a.img")
+    if upgrader == "seed":  # whoever dialled the session moves it
+        await seed.exchange.join("leech")
+
+    async def upgrade() -> None:
+        await received(leech, SIZE // 8, image.id.to_bytes())
+        world.fabric.upgrade("seed", "leech")
+
+    with trio.fail_after(30):
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(upgrade)
+            fetched = await leech.fetch(image.id, out=tmp_path / "out.img")
+    assert (tmp_path / "out.img").read_bytes() == content(SIZE)
+    assert fetched.duplicate_bytes == 0
+    assert SIZE // 8 <= fetched.relayed["seed"] < SIZE * 3 // 4
+    assert sum(fetched.sources.values()) == fetched.received_bytes < SIZE + (1 << 16)
+    assert 0 < fetched.direct_after["seed"] < fetched.seconds + 1
+    assert not leech.exchange.bans and not seed.exchange.bans
+
+
+async def test_a_relay_that_dies_while_it_is_left_costs_only_what_it_carried(
+    world: World,
+    tmp_path: Path,
+) -> None:
+    seed, leech = await world.peer("seed"), await world.peer("leech")
+    world.fabric.relay("seed", "leech")
+    (tmp_path / "a.img").write_bytes(content(SIZE))
+    image = seed.provide(tmp_path / "a.img")
+
+    async def upgrade() -> None:
+        await received(leech, SIZE // 8, image.id.to_bytes())
+        world.fabric.upgrade("seed", "leech")
+        while len(leech.network.links["seed"]) < 2:  # the direct stream is on its way
+            await trio.lowlevel.checkpoint()
+        await world.fabric.stop_relay("seed", "leech")
+
+    with trio.fail_after(30):
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(upgrade)
+            fetched = await leech.fetch(image.id, out=tmp_path / "out.img")
+    assert (tmp_path / "out.img").read_bytes() == content(SIZE)
+    assert fetched.received_bytes < SIZE + (8 << 20)
+    assert not leech.exchange.bans and not seed.exchange.bans
+
+
+async def test_without_an_upgrade_all_of_it_is_relayed(world: World, tmp_path: Path) -> None:
+    seed, leech = await world.peer("seed"), await world.peer("leech")
+    world.fabric.relay("seed", "leech")
+    (tmp_path / "a.img").write_bytes(content(1 << 20))
+    image = seed.provide(tmp_path / "a.img")
+    fetched = await leech.fetch(image.id, out=tmp_path / "out.img")
+    assert sum(fetched.relayed.values()) == fetched.received_bytes
+    assert fetched.direct_after == {}
