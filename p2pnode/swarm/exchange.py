@@ -410,8 +410,8 @@ class Exchange:
                 download.relayed[peer] = download.relayed.get(peer, 0) + size
             good = [block.id for block, verdict in zip(batch, verdicts, strict=True) if verdict]
             self._arrived(good)
-            for block, verdict in zip(batch, verdicts, strict=True):
-                self._handle(ev.BlockChecked(peer, block.id, block.size, verdict))
+            checked = zip(batch, verdicts, strict=True)
+            self._handle(*(ev.BlockChecked(peer, block.id, block.size, verdict) for block, verdict in checked))
 
     def _arrived(self, keys: list[bytes]) -> None:
         self._progressed.set()
@@ -436,8 +436,8 @@ class Exchange:
 
     # What the cores decide
 
-    def _handle(self, event: ev.Event) -> None:
-        for action in self._swarm.handle(event, trio.current_time()):
+    def _handle(self, *events: ev.Event) -> None:
+        for action in self._swarm.handle(*events, now=trio.current_time()):
             self._act(action)
         self._timer_changed.set()
 

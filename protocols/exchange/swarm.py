@@ -1,6 +1,6 @@
 """The decision core of downloading: what to ask of whom, when to give up waiting, whom to ban.
 
-`Swarm.handle(event, now)` takes one event and answers with actions; `next_timer()` says when to send `Tick`. It is a
+`Swarm.handle(*events, now)` takes events and answers with actions; `next_timer()` says when to send `Tick`. It is a
 plain object without I/O, clock or global random: the same one runs in tests, in the simulator and in the node.
 
 All downloads of a node share one `Swarm`, because they share its peers: a peer's window is for everything asked of
@@ -139,12 +139,21 @@ class Swarm:
         self._downloads: dict[bytes, _Download] = {}
         self._requests: dict[bytes, list[str]] = {}  # key -> peers asked, oldest request first
         self._actions: list[Action] = []
+        self._idle: dict[str, None] = {}  # peers that may be asked for more, once all events were taken
         self._asks: dict[tuple[str, Priority], list[bytes]] = {}
         self._now = 0.0
 
-    def handle(self, event: Event, now: float) -> list[Action]:
-        """Take one event; `now` in seconds. Returns what to do, in order."""
+    def handle(self, *events: Event, now: float) -> list[Action]:
+        """Take events that happened at once; `now` in seconds. Returns what to do, in order."""
         self._now = now
+        for event in events:
+            self._take(event)
+        for name in self._idle:
+            self._fill(name)
+        self._idle.clear()
+        return self._flush()
+
+    def _take(self, event: Event) -> None:
         match event:
             case AddDownload():
                 self._add(event)
@@ -162,8 +171,7 @@ class Swarm:
                 self._peer_holds(name, keys)
             case PeerProgress(peer=name):
                 if name in self._peers:
-                    self._peers[name].heard = now
-                return []
+                    self._peers[name].heard = self._now
             case BlockChecked():
                 self._checked(event)
             case PeerLacks(peer=name, keys=keys):
@@ -180,7 +188,6 @@ class Swarm:
                 self._lost(keys)
             case Tick():
                 self._tick()
-        return self._flush()
 
     def expects(self, peer: str, key: bytes) -> bool | None:
         """Whether a block arriving from `peer` is to be checked and kept: True if it is still needed, False if it was
@@ -466,10 +473,9 @@ class Swarm:
                     d.duplicate_bytes += event.size
             others = [name for name in self._requests.get(event.key, ()) if name != event.peer]
             self._here(event.key)
-            for name in others:  # the losers of a race may have nothing else to do
-                self._fill(name)
+            self._idle |= dict.fromkeys(others)  # the losers of a race may have nothing else to do
         if peer is not None:
-            self._fill(peer.name)
+            self._idle[peer.name] = None
 
     def _measure(self, peer: _Peer, event: BlockChecked) -> None:
         asked = peer.in_flight.get(event.key)

@@ -100,7 +100,7 @@ class Node:
         self.handled += 1
         now = self.sim.now
         begin = time.process_time()
-        actions = self.swarm.handle(event, now)
+        actions = self.swarm.handle(event, now=now)
         taken = time.process_time() - begin
         self.cpu_seconds += taken
         self.longest_event = max(self.longest_event, taken)

@@ -30,7 +30,7 @@ class SwarmMachine(RuleBasedStateMachine):
         self.present: set[str] = set()
 
     def tell(self, event: ev.Event) -> None:
-        for action in self.swarm.handle(event, self.now):
+        for action in self.swarm.handle(event, now=self.now):
             match action:
                 case ev.Request(peer=peer, keys=keys):
                     assert peer in self.present and keys and len(set(keys)) == len(keys)
