@@ -126,3 +126,35 @@ class Cancelled(LocalError):
     """The user interrupted the operation."""
 
     exit_code = EXIT_INTERRUPTED
+
+
+class Untrusted(TrustError):
+    """A store path carries no signature by a trusted key and is not proved by its contents either."""
+
+
+class SignatureError(NixError):
+    """A signature or a signing key is not of the form NAME:BASE64."""
+
+
+class NarInfoError(NixError):
+    """A narinfo is not one that Nix would accept (strict reading), or describes another path."""
+
+
+class DaemonUnavailable(NixError):
+    """No Nix daemon answers on this machine, and its store cannot be opened without one."""
+
+
+class DaemonError(NixError):
+    """The Nix daemon refused a request, broke off, or did not speak its protocol."""
+
+
+class CacheError(RemoteError):
+    """A binary cache could not be reached, or did not answer as one must."""
+
+
+class RelayRefused(RemoteError):
+    """A relay refused a reservation or a circuit. `status` is its code (protocols.relay.Status)."""
+
+    def __init__(self, message: str, status: int) -> None:
+        super().__init__(message)
+        self.status = status

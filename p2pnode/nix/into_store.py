@@ -1,0 +1,191 @@
+"""Verified store paths straight into a Nix store, through its daemon, kept from the garbage collector on the way.
+
+One session is one connection, and what is added or asked for over it is a temporary root until it ends. So the order
+is: open, make the lasting root (it may point to a path that is not valid yet), ask what is missing, fetch and add that,
+close. Whoever may write to the store can do without a daemon that listens: `nix-daemon --stdio` then does its work.
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator
+from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from p2pnode.errors import DaemonUnavailable, NixError, NixMissing, OutputExists
+from p2pnode.nix.cli import topological_order
+from p2pnode.nix.daemon import DaemonConnection, OpenNar, connect_process, connect_socket
+from p2pnode.nix.nar_format import write_error
+from p2pnode.nix.signatures import SignedInfo
+from p2pnode.nix.storepath import STORE_DIR, StorePath
+
+
+@dataclass(frozen=True, slots=True)
+class StoreReport:
+    """What an import did. `added` in the order in which they became valid; `present` were valid before, untouched.
+
+    `nar_bytes`: of the added paths. `root`: the link that now keeps the closure.
+    """
+
+    added: tuple[StorePath, ...]
+    present: tuple[StorePath, ...]
+    nar_bytes: int
+    root: Path | None = None
+
+
+class StoreSession:
+    """An open way into a store. Made by `open_session`."""
+
+    def __init__(self, connection: DaemonConnection) -> None:
+        self.connection = connection
+
+    async def missing(self, paths: Iterable[StorePath]) -> list[StorePath]:
+        """Those of `paths` that are not valid, in the order given.
+
+        All of them are made temporary roots first: what is valid now stays so until the session ends.
+        """
+        wanted = list(dict.fromkeys(paths))
+        for path in wanted:
+            await self.connection.add_temp_root(path)
+        valid = await self.connection.query_valid_paths(wanted)
+        return [path for path in wanted if path not in valid]
+
+    async def path_info(self, paths: Iterable[StorePath]) -> list[SignedInfo]:
+        """What the store knows of `paths`, in their order: with signatures and `ca`, which `nix-store` does not tell.
+
+        Raises NixError if one of them is not valid.
+        """
+        found: list[SignedInfo] = []
+        for path in paths:
+            signed = await self.connection.query_path_info(path)
+            if signed is None:
+                raise NixError(f"{path} is not a valid path of this Nix store")
+            found.append(signed)
+        return found
+
+    async def add(
+        self,
+        paths: Iterable[SignedInfo],
+        open_nar: OpenNar,
+        *,
+        check_signatures: bool = True,
+        added: Callable[[SignedInfo], None] = lambda path: None,
+    ) -> StoreReport:
+        """Make `paths` valid, references first, and skip those that are valid already: their NARs are not opened.
+
+        `open_nar` is called for one path at a time, in that order; what it gives must have been verified. `added`
+        hears of each path as soon as it is valid. Raises what `DaemonConnection.add_path` raises, and NixError for
+        references that go in a circle; paths before the one at fault stay valid.
+        """
+        signed = {each.info.path: each for each in paths}
+        order = [info.path for info in topological_order(each.info for each in signed.values())]
+        missing = await self.missing(order)
+        for path in missing:
+            await self.connection.add_path(signed[path], open_nar, check_signatures=check_signatures)
+            added(signed[path])
+        was_missing = set(missing)
+        return StoreReport(
+            added=tuple(missing),
+            present=tuple(path for path in order if path not in was_missing),
+            nar_bytes=sum(signed[path].info.nar_size for path in missing),
+        )
+
+    @asynccontextmanager
+    async def root(self, link: Path, target: StorePath) -> AsyncIterator[Path]:
+        """Make the symlink `link` a garbage collector root of `target` and its closure, which may not be valid yet.
+
+        If the block raises, the link is what it was before. Gives the link as an absolute path. Raises OutputExists
+        if something else than a link into the store is there, OutputUnwritable, DiskFull.
+        """
+        absolute = Path(os.path.abspath(link))
+        with _link(absolute, str(target)):
+            await self.connection.add_indirect_root(absolute)
+            yield absolute
+
+
+@asynccontextmanager
+async def open_session(*, socket: Path | None = None, store_root: Path | None = None) -> AsyncIterator[StoreSession]:
+    """A way into a store: the daemon on `socket`; else, with `store_root`, the chroot store there; else the machine's.
+
+    For the machine's own store the daemon's usual socket is tried first, then a daemon of our own. Raises
+    DaemonUnavailable, saying why neither works.
+    """
+    async with AsyncExitStack() as stack:
+        if store_root is not None and socket is None:
+            connection = await stack.enter_async_context(connect_process(store_root))
+        else:
+            try:
+                connection = await stack.enter_async_context(connect_socket(socket))
+            except DaemonUnavailable as error:
+                if socket is not None or not os.access(STORE_DIR, os.W_OK):
+                    raise
+                try:
+                    connection = await stack.enter_async_context(connect_process())
+                except (DaemonUnavailable, NixMissing) as other:
+                    raise DaemonUnavailable(f"{error}; and without it: {other}") from other
+        yield StoreSession(connection)
+
+
+async def into_store(
+    paths: Iterable[SignedInfo],
+    open_nar: OpenNar,
+    *,
+    top: StorePath | None = None,
+    add_root: Path | None = None,
+    socket: Path | None = None,
+    store_root: Path | None = None,
+    check_signatures: bool = True,
+) -> StoreReport:
+    """Import `paths` in one session; with `add_root`, `top` is rooted there before the first of them is valid."""
+    if add_root is not None and top is None:
+        raise ValueError("a root needs to know which path it is for")
+    async with open_session(socket=socket, store_root=store_root) as session:
+        if add_root is None or top is None:
+            return await session.add(paths, open_nar, check_signatures=check_signatures)
+        async with session.root(add_root, top) as root:
+            report = await session.add(paths, open_nar, check_signatures=check_signatures)
+        return StoreReport(report.added, report.present, report.nar_bytes, root)
+
+
+@contextmanager
+def _link(link: Path, target: str) -> Iterator[None]:
+    """`link` points to `target`; if the block raises, to where it pointed before, or it is gone."""
+    previous = _target(link)
+    try:
+        _point(link, target)
+        yield
+    except BaseException:
+        if previous is not None:
+            _point(link, previous)
+        else:
+            link.unlink(missing_ok=True)
+        raise
+
+
+def _target(link: Path) -> str | None:
+    """Where an existing root points; None if nothing is there. Raises OutputExists for all that is not ours."""
+    try:
+        target = os.readlink(link)
+    except FileNotFoundError:
+        return None
+    except OSError:  # no symlink, or not to be read
+        target = ""
+    if not target.startswith(STORE_DIR + "/"):
+        raise OutputExists(f"{link} exists already and is no link into {STORE_DIR}; choose another place for the root")
+    return target
+
+
+def _point(link: Path, target: str) -> None:
+    """Make or change a symlink in one step: at no time is there no root."""
+    temporary = link.with_name(f".{link.name}.{secrets.token_hex(4)}")
+    try:
+        temporary.symlink_to(target)
+        try:
+            temporary.rename(link)
+        except OSError:
+            temporary.unlink(missing_ok=True)
+            raise
+    except OSError as error:
+        raise write_error(os.fsencode(link), error) from error
