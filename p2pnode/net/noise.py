@@ -10,6 +10,7 @@ Wire format: https://github.com/libp2p/specs/tree/master/noise (2-byte big-endia
 from __future__ import annotations
 
 import os
+import struct
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import contextmanager
 from socket import SHUT_WR
@@ -47,6 +48,10 @@ KEPT_SCRATCH = 4
 OWN_BUFFER = 256 * 1024
 MAX_EMPTY_RECORDS = 128  # in a row; nobody sends any, and each costs us an AEAD call
 HANDSHAKE_TIMEOUT = 10.0  # s, from the first byte; four messages of which ours take no time
+# Offsets in struct tcp_info, in bytes; times in microseconds. tcpi_min_rtt came with Linux 4.6.
+TCP_INFO_RTT = 68
+TCP_INFO_MIN_RTT = 148
+TCP_INFO_SIZE = 152
 # Unsent bytes the kernel holds for us: more would only be a queue that pings and control frames wait in.
 NOT_SENT_LOW_WATER = 256 * 1024
 
@@ -140,6 +145,17 @@ class NoiseConnection(BaseSession):  # type: ignore[misc]
         self._write_lock = trio.Lock()
         if self._socket is not None and hasattr(trio.socket, "TCP_NOTSENT_LOWAT"):
             self._socket.setsockopt(trio.socket.IPPROTO_TCP, trio.socket.TCP_NOTSENT_LOWAT, NOT_SENT_LOW_WATER)
+
+    def round_trip_times(self) -> tuple[float, float] | None:
+        """The kernel's smoothed and minimal round trip times in seconds (linux/tcp.h, tcp_info); None if unknown."""
+        if self._socket is None or self._socket.fileno() < 0:
+            return None
+        info = self._socket.getsockopt(trio.socket.IPPROTO_TCP, trio.socket.TCP_INFO, TCP_INFO_SIZE)
+        if len(info) < TCP_INFO_SIZE:
+            return None
+        (smoothed,) = struct.unpack_from("=I", info, TCP_INFO_RTT)
+        (minimal,) = struct.unpack_from("=I", info, TCP_INFO_MIN_RTT)
+        return smoothed / 1e6, minimal / 1e6
 
     # -- reading
 

@@ -23,6 +23,7 @@ from libp2p.stream_muxer.exceptions import (
     MuxedStreamReset,
 )
 
+from p2pnode.net.downlink import Downlink
 from protocols import yamux
 
 log = logging.getLogger(__name__)
@@ -37,7 +38,10 @@ BATCH_SLOW = 0.010  # ... and one that took longer shrinks, so that control fram
 TURN = 0.005  # s of parsing before other tasks get a turn
 NODE_MEMORY = 512 * 1024 * 1024  # unread bytes and grown windows of all connections together
 
+MEASURE_INTERVAL = 0.1  # s between looks at a connection's round trip times while it receives
+
 _node_budget = yamux.Budget(NODE_MEMORY)
+_downlink = Downlink()
 
 
 def install(budget: yamux.Budget | None = None) -> None:
@@ -223,6 +227,8 @@ class Yamux(IMuxedConn):  # type: ignore[misc]
         self._idle = trio.lowlevel.ParkingLot()
         self._scope = trio.CancelScope()
         self._batched = hasattr(conn, "read_batch")
+        self._arrived = 0  # bytes since the last measurement
+        self._measured = float("-inf")
 
     @property
     def rtt(self) -> float | None:
@@ -297,6 +303,7 @@ class Yamux(IMuxedConn):  # type: ignore[misc]
         finally:
             self.event_started.set()
             self._lost("the connection was closed")
+            _downlink.forget(self)
             with trio.move_on_after(CLOSE_GRACE, shield=True):
                 try:
                     await self.secured_conn.close()
@@ -348,9 +355,20 @@ class Yamux(IMuxedConn):  # type: ignore[misc]
                             self.wake_writer()
                             await trio.lowlevel.checkpoint()
                             now = turn = trio.current_time()
+                self._arrived += sum(map(len, batch))
+                if now - self._measured >= MEASURE_INTERVAL:
+                    self._bound_windows(now)
                 self.wake_writer()
         except (BaseLibp2pError, OSError, trio.BrokenResourceError, trio.ClosedResourceError) as exc:
             self._lost(str(exc) or "the connection broke")
+
+    def _bound_windows(self, now: float) -> None:
+        times = self.secured_conn.round_trip_times() if self._batched else None
+        if times is not None:
+            smoothed, minimal = times
+            self.session.window_limit = _downlink.measured(self, self._arrived, smoothed, minimal, now)
+        self._measured = now
+        self._arrived = 0
 
     async def _run_writer(self) -> None:
         session = self.session

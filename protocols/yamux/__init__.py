@@ -19,7 +19,8 @@ from protocols.yamux.events import (
 )
 from protocols.yamux.flow import Budget, Limits
 from protocols.yamux.frames import INITIAL_WINDOW, MAX_PAYLOAD, GoAwayCode
-from protocols.yamux.session import Session, Stream
+from protocols.yamux.session import Session
+from protocols.yamux.stream import Stream
 
 __all__ = [
     "INITIAL_WINDOW",

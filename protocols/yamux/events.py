@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from protocols.yamux.session import Stream
+    from protocols.yamux.stream import Stream
 
 
 @dataclass(frozen=True, slots=True)

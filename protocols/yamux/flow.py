@@ -47,6 +47,9 @@ class Limits:
     memory: int = 64 * 1024 * 1024
     ping_interval: float = 10.0
     ping_timeout: float = 10.0  # with the interval: a frozen peer is noticed within 20 s
+    stall_timeout: float = 30.0  # a ping unanswered for as long ends the connection of a peer that is not silent ...
+    stall_bytes: int = 64 * 1024  # ... but sends less than this meanwhile
+    pong_timeout: float = 120.0  # the longest an answer may wait behind data: 5 MB of buffers at 0.4 Mbit/s
     linger: float = 60.0  # how long a stream we closed waits for the peer's FIN before it is reset
     max_control_queue: int = 4096  # answers a peer may make us queue while it does not read
     idle_frames: int = 2048  # burst of frames that achieve nothing ...

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterable, Sequence
-from typing import Any
 
 from protocols.yamux.events import (
     Event,
@@ -34,12 +33,9 @@ from protocols.yamux.frames import (
     GoAwayCode,
     control,
 )
+from protocols.yamux.stream import PART_COST, SEND_LOW, Stream
 
 Buffer = bytes | bytearray | memoryview
-
-SEND_HIGH = 1 << 20  # `Stream.backlog` at which a writer should wait: one write batch, so that one stream fills a link
-SEND_LOW = 1 << 19  # and below which it is told to go on
-PART_COST = 200  # bytes of bookkeeping per queued part, so that a million one-byte writes count as what they cost
 
 # A slice keeps its whole record alive. Payloads that are a small part of theirs are copied, so that unread bytes pin at
 # most four times their size; tiny ones are appended to each other, so that they do not cost an object each.
@@ -59,71 +55,6 @@ class _Violation(Exception):
         super().__init__(reason)
         self.reason = reason
         self.code = code
-
-
-class Stream:
-    """One stream of a session. Read-only outside of `Session`, but for `owner`."""
-
-    __slots__ = (
-        "accepted",
-        "acked",
-        "backlog",
-        "buffered",
-        "chunks",
-        "ended",
-        "epoch",
-        "extra",
-        "fin_received",
-        "fin_sent",
-        "finishing",
-        "id",
-        "in_ready",
-        "linger_until",
-        "outbound",
-        "owner",
-        "parts",
-        "queued",
-        "recv_window",
-        "reset",
-        "send_window",
-        "want_room",
-        "window",
-    )
-
-    def __init__(self, stream_id: int, outbound: bool, now: float) -> None:
-        self.id = stream_id
-        self.outbound = outbound
-        self.accepted = outbound
-        self.acked = not outbound
-        self.reset: str | None = None  # why it was aborted
-        self.owner: Any = None  # whatever the user of the session keeps with it
-        # sending
-        self.send_window = INITIAL_WINDOW
-        self.parts: deque[memoryview] = deque()
-        self.queued = 0  # payload bytes in `parts`
-        self.backlog = 0  # the same with PART_COST per part
-        self.in_ready = False
-        self.want_room = False
-        self.finishing = False
-        self.fin_sent = False
-        self.linger_until: float | None = None
-        # receiving
-        self.window = INITIAL_WINDOW  # bytes the peer may have sent that were not yet read
-        self.recv_window = INITIAL_WINDOW  # of which it may still send
-        self.chunks: deque[memoryview | bytearray] = deque()
-        self.buffered = 0
-        self.extra = 0  # window reserved in the budget beyond the initial one
-        self.epoch = now  # time of the last window update
-        self.fin_received = False
-        self.ended = False  # FIN received, and the body of the frame it came on
-
-    @property
-    def full(self) -> bool:
-        """Whether a writer should wait for `StreamWritable` before sending more."""
-        return self.backlog >= SEND_HIGH
-
-    def __repr__(self) -> str:
-        return f"<Stream {self.id}>"
 
 
 class Session:
@@ -160,16 +91,19 @@ class Session:
         self._body: Stream | None = None
         self._body_left = 0
         # life
+        self.window_limit: int | None = None  # bytes that a stream may have under way to us; set by the owner
         self.closed: SessionClosed | None = None
         self.going_away = False  # the peer accepts no new streams
         self._allowance = Allowance(self.limits.idle_frames, self.limits.idle_frames_per_second, now)
-        self._lingering: deque[Stream] = deque()
+        self._lingering: dict[int, Stream] = {}  # in the order of their time
         # pings
         self.rtt: float | None = None
         self._heard = now
+        self._received = 0
         self._ping_value = 0
         self._ping_queued: float | None = None  # time, while a pong is awaited
         self._ping_sent: float | None = None
+        self._stalled: tuple[float, int] = (now, 0)  # since when, and with how many bytes received, a pong is awaited
         self._next_ping = now  # the first at once: windows grow only with a known round trip time
 
     # -- streams ---------------------------------------------------------------------------------------------------
@@ -217,7 +151,7 @@ class Session:
         if stream.accepted:
             return
         stream.accepted = True
-        if stream.reset is None:
+        if stream.id in self._streams:
             self._backlog -= 1
             if self.closed is None:
                 self._control.append(control(TYPE_WINDOW_UPDATE, ACK, stream.id))
@@ -254,13 +188,16 @@ class Session:
     def release(self, stream: Stream, now: float) -> None:
         """Half-close, and forget the stream: reset it if the peer does not end it too within `limits.linger`."""
         self.finish(stream)
-        if stream.linger_until is None and stream.id in self._streams:
+        if stream.linger_until is None and stream.id in self._streams and self.closed is None:
             stream.linger_until = now + self.limits.linger
-            self._lingering.append(stream)
+            self._lingering[stream.id] = stream
 
     def reset(self, stream: Stream, reason: str = "reset by us") -> None:
         """Abort both directions at once; unread and unsent data is dropped."""
-        if stream.reset is not None or self.closed:
+        if stream.reset is not None:  # what its session or the peer left is no longer wanted either
+            self._drop_unread(stream)
+            return
+        if self.closed:
             return
         if stream.id in self._streams:
             self._control.append(control(TYPE_WINDOW_UPDATE, RST, stream.id))
@@ -284,9 +221,14 @@ class Session:
             if stream.fin_received:
                 if not stream.buffered:
                     self._maybe_forget(stream)
-            elif 2 * (stream.recv_window + stream.buffered) <= stream.window:
+            elif 2 * self._outstanding(stream) <= stream.window:
                 self._updates[stream.id] = stream
         return chunk
+
+    def _outstanding(self, stream: Stream) -> int:
+        """Bytes that the peer may still send, that are unread, or that a frame whose body is arriving announced."""
+        arriving = self._body_left if self._body is stream else 0
+        return stream.recv_window + stream.buffered + arriving
 
     # -- time ------------------------------------------------------------------------------------------------------
 
@@ -298,17 +240,18 @@ class Session:
         if self._ping_queued is not None:
             when = min(when, max(self._ping_queued, self._heard) + self.limits.ping_timeout)
         if self._lingering:
-            when = min(when, self._lingering[0].linger_until or when)
+            when = min(when, next(iter(self._lingering.values())).linger_until or when)
         return when
 
     def handle_timer(self, now: float) -> list[Event]:
         """Send pings, notice a dead peer, reset streams that lingered too long."""
         if self.closed is not None:
             return self.take_events()
-        while self._lingering and (self._lingering[0].linger_until or 0.0) <= now:
-            stream = self._lingering.popleft()
-            if stream.id in self._streams:
-                self.reset(stream, "the peer did not end the stream")
+        while self._lingering:
+            stream = next(iter(self._lingering.values()))
+            if (stream.linger_until or 0.0) > now:
+                break
+            self.reset(stream, "the peer did not end the stream")
         if self._ping_queued is not None:
             deadline = max(self._ping_queued, self._heard) + self.limits.ping_timeout
             if now >= deadline + LATE:  # we did not run: what the peer sent meanwhile is still unread
@@ -317,11 +260,24 @@ class Session:
                 self.connection_lost(f"the peer was silent for {self.limits.ping_timeout:.0f} s")
                 return self.take_events()
         if now >= self._next_ping:
+            if now >= self._next_ping + LATE:
+                self._stalled = (now, self._received)
+                self._ping_queued = None if self._ping_queued is None else now
             self._next_ping = now + self.limits.ping_interval
             if self._ping_queued is None:
                 self._ping_value = (self._ping_value + 1) & 0xFFFFFFFF
                 self._ping_queued = now
                 self._ping_sent = None
+                self._stalled = (now, self._received)
+            elif now >= self._ping_queued + self.limits.pong_timeout:
+                self.connection_lost(f"the peer answered no ping for {self.limits.pong_timeout:.0f} s")
+                return self.take_events()
+            elif now >= self._stalled[0] + self.limits.stall_timeout:
+                # An answer may wait behind data on a slow line; a byte now and then only keeps a place here.
+                if self._received - self._stalled[1] < self.limits.stall_bytes:
+                    self.connection_lost("the peer answers no ping and sends next to nothing")
+                    return self.take_events()
+                self._stalled = (now, self._received)
         return self.take_events()
 
     # -- the end ---------------------------------------------------------------------------------------------------
@@ -393,7 +349,7 @@ class Session:
                 frame, n = self._data_frame(stream)
                 out.append(frame)
                 size += n + HEADER_SIZE
-                if stream.want_room and stream.backlog <= SEND_LOW:
+                if stream.want_room and stream.backlog <= SEND_LOW and self.closed is None:
                     stream.want_room = False
                     self._events.append(StreamWritable(stream))
             if stream.finishing and not stream.queued and not stream.fin_sent:
@@ -443,10 +399,19 @@ class Session:
             if stream.reset is not None or stream.fin_received:
                 continue
             window = grown_window(stream.window, now - stream.epoch, self.rtt, self.limits.max_window)
+            if self.window_limit is not None:
+                window = min(window, self.window_limit)
             if window > stream.window and self._budget.take(window - stream.window):
                 stream.extra += window - stream.window
                 stream.window = window
-            delta = stream.window - stream.recv_window - stream.buffered
+            elif window < stream.window:
+                given_back = min(stream.extra, stream.window - window)
+                stream.extra -= given_back
+                self._budget.give(given_back)
+                stream.window = window
+            delta = stream.window - self._outstanding(stream)
+            if delta <= 0:  # what was granted before the window shrank has to be used up first
+                continue
             stream.recv_window += delta
             stream.epoch = now
             self._control.append(control(TYPE_WINDOW_UPDATE, 0, stream.id, delta))
@@ -461,6 +426,7 @@ class Session:
         self._heard = now
         view = memoryview(data)
         size = len(view)
+        self._received += size
         pos = 0
         try:
             while pos < size and self.closed is None:
@@ -513,6 +479,8 @@ class Session:
         elif length:
             if stream.send_window + length > MAX_SEND_WINDOW:
                 raise _Violation(f"the window of stream {stream_id} overflows")
+            if length < TINY and stream.send_window >= INITIAL_WINDOW:  # some peers grant every byte that was read
+                self._idle(now, "needless window updates")
             stream.send_window += length
             self._make_ready(stream)
         if flags & RST:
@@ -636,7 +604,7 @@ class Session:
     def _acked(self, stream: Stream) -> None:
         stream.acked = True
         self._unacked -= 1
-        if self._open_blocked:
+        if self._open_blocked and self.closed is None:
             self._open_blocked = False
             self._events.append(OpenAllowed())
 
@@ -661,18 +629,23 @@ class Session:
         self._events.append(StreamReset(stream, reason))
         stream.parts.clear()
         stream.queued = stream.backlog = 0
-        if stream.buffered:
-            self._budget.give(stream.buffered)
-            stream.buffered = 0
-        stream.chunks.clear()
+        self._drop_unread(stream)
         if not stream.fin_received:
             self._discard += stream.recv_window
         self._forget(stream)
+
+    def _drop_unread(self, stream: Stream) -> None:
+        if self.closed is None:
+            self._budget.give(stream.buffered)
+        stream.chunks.clear()
+        stream.buffered = 0
+        stream.ended = False  # else what was dropped would look like nothing
 
     def _forget(self, stream: Stream) -> None:
         if self._streams.pop(stream.id, None) is None:
             return
         self._updates.pop(stream.id, None)
+        self._lingering.pop(stream.id, None)
         if stream.extra:
             self._budget.give(stream.extra)
             stream.extra = 0

@@ -282,8 +282,9 @@ def test_slow_pings_are_answered_for_ever() -> None:
         peer.receive(control(PING, SYN, 0, second), float(second))
         assert headers(flat(peer, float(second)))[-1] == (PING, ACK, 0, second)
         peer.handle_timer(float(second))
-        if (PING, SYN, 0, second) in headers(flat(peer, float(second))):
-            peer.receive(control(PING, ACK, 0, second), float(second))
+        for kind, flags, _, value in headers(flat(peer, float(second))):
+            if (kind, flags) == (PING, SYN):
+                peer.receive(control(PING, ACK, 0, value), float(second))
     assert peer.closed is None
 
 
@@ -389,6 +390,93 @@ def test_a_frozen_peer_is_noticed_within_20_seconds_and_a_live_one_is_not() -> N
     dead = drive(session, 600.0, alive=False)
     assert dead is not None and dead <= 500.0 + 20.0
     assert session.closed is not None and session.closed.code is None
+
+
+def test_a_peer_that_only_keeps_its_place_is_let_go_and_one_on_a_slow_line_has_longer() -> None:
+    for rate, longest in ((1, 40), (4096, 131)):  # bytes a second, and no ping is ever answered
+        session = server()
+        session.receive(control(UPDATE, SYN, 1), 0.0)
+        (stream,) = session._streams.values()
+        for second in range(200):
+            session.receive(data(1, bytes(rate)), float(second))
+            session.handle_timer(float(second))
+            read_all(session, stream)
+            flat(session, float(second))
+            if session.closed:
+                break
+        assert session.closed is not None and session.closed.code is None
+        assert longest - 11 <= second <= longest
+
+
+def test_a_closed_stream_is_not_kept_until_its_lingering_would_have_ended() -> None:
+    a, b = pair()
+    for _ in range(100):
+        stream = a.open_stream(0.0)
+        (remote,) = opened(pump(a, b))
+        b.accept(remote)
+        a.release(stream, 0.0)
+        b.release(remote, 0.0)
+        pump(a, b)
+    assert a.streams == b.streams == 0
+    assert not a._lingering and not b._lingering
+
+
+def test_an_update_granted_while_a_body_arrives_counts_what_is_still_to_come() -> None:
+    """It did not: the window grew beyond its limit, and the next update was negative, which raised struct.error."""
+    session = server()
+    (stream,) = opened(session.receive(control(UPDATE, SYN, 1), 0.0))
+    session.accept(stream)
+    flat(session)
+    frame = data(1, bytes(256 * KIB))
+    session.receive(frame[: 12 + 140 * KIB], 0.0)
+    read_all(session, stream)
+    assert headers(flat(session)) == [(UPDATE, 0, 1, 140 * KIB)]
+    session.receive(frame[12 + 140 * KIB :], 0.0)
+    assert stream.recv_window + stream.buffered == stream.window == 256 * KIB
+
+
+def test_what_is_dropped_by_a_reset_is_no_end_of_the_stream() -> None:
+    a, b = pair()
+    stream = a.open_stream(0.0)
+    (remote,) = opened(pump(a, b))
+    a.send(stream, [b"never read"])
+    a.finish(stream)
+    pump(a, b)
+    assert remote.ended and remote.buffered
+    b.reset(remote)
+    assert not remote.ended and not remote.buffered and remote.reset is not None
+    session = server()
+    (lost,) = opened(session.receive(data(1, b"left", SYN), 0.0))
+    session.connection_lost("gone")
+    session.reset(lost)
+    assert not read_all(session, lost)
+
+
+def test_nothing_happens_after_the_end() -> None:
+    a, _ = pair(accept_backlog=1)
+    stream = a.open_stream(0.0)
+    assert not a.can_open
+    a.send(stream, [bytes(2 * MIB)])
+    a.finish(stream)
+    a.close()
+    assert isinstance(a.take_events()[-1], yamux.SessionClosed)
+    flat(a)
+    a.release(stream, 0.0)
+    assert a.take_events() == [] and not a._lingering
+
+
+def test_needless_grants_are_a_flood_and_a_byte_granted_for_each_byte_read_is_not() -> None:
+    client, peer = pair()
+    stream = client.open_stream(0.0)
+    opened(pump(client, peer))
+    client.send(stream, [bytes(5000)])
+    flat(client)
+    for _ in range(5000):
+        client.receive(control(UPDATE, 0, 1, 1), 0.0)
+    assert client.closed is None
+    for _ in range(5000):
+        client.receive(control(UPDATE, 0, 1, 1), 0.0)
+    assert_ended(client)
 
 
 def test_data_is_a_sign_of_life_and_our_own_standstill_is_not_the_peers() -> None:
