@@ -15,11 +15,14 @@ What is corrected by composition alone, without a patch:
 
 from __future__ import annotations
 
+import ipaddress
 import logging
 import os
 import socket
 import sys
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import libp2p
@@ -54,6 +57,8 @@ log = logging.getLogger(__name__)
 VERSION = "0.8.1"
 MAX_CONNECTIONS = 1000
 MAX_INBOUND = 800  # the rest is for our own dials: a flood must not take the power to dial away
+MAX_INBOUND_PER_ADDRESS = 400  # of an IPv4 address or IPv6 /64: many nodes may be behind one NAT, not most of them
+MAX_HANDSHAKES = 256  # that are not finished; then the oldest of the address that has the most gives way to a new one
 HANDSHAKE_TIMEOUT = 5.0  # s, inbound: security and multiplexer; how long a silent stranger can hold a slot
 CLOSE_TIMEOUT = 0.5  # s that a connection gets to say goodbye
 MAX_STORED_PEERS = 2000
@@ -88,6 +93,8 @@ WEAKNESSES: tuple[tuple[Any, str], ...] = (
     (tcp, "_open_reuseport_listeners"),
     (libp2p.io.utils, "read_exactly"),
     (identify, "AGENT_VERSION"),
+    (identify, "_mk_identify_protobuf"),
+    (BasicHost, "_on_notifee_disconnected"),  # tells host._observed_addr_manager, which network.py replaces
     (swarm_connection, "logging"),
     (AutoConnector, "maybe_connect"),
     (AutoConnector, "record_disconnect"),
@@ -148,9 +155,14 @@ async def _handle_inbound(swarm: Any, raw: Any, listener: multiaddr.Multiaddr, f
     network/swarm.py:1978 takes the slot and :2044 holds it until the end of the *swarm*: after max_connections -
     min_connections accepted connections in total the stock node is deaf for ever.
     """
+    admission = swarm.__dict__.setdefault("_admission", Admission())
+    source = _source(raw.get_remote_address())
+    if not admission.enter(source):
+        await raw.close()
+        return
     muxed = None
     try:
-        with trio.fail_after(HANDSHAKE_TIMEOUT):
+        with admission.handshake(source), trio.fail_after(HANDSHAKE_TIMEOUT):
             remote = swarm._build_remote_multiaddr(raw)
             if remote is not None and not await swarm.connection_gate.is_allowed(remote):
                 return
@@ -161,10 +173,64 @@ async def _handle_inbound(swarm: Any, raw: Any, listener: multiaddr.Multiaddr, f
         if muxed is None:
             with trio.CancelScope(shield=True, deadline=trio.current_time() + CLOSE_TIMEOUT):
                 await raw.close()
+            admission.leave(source)
     if muxed is not None:
-        for conn in swarm.get_connections(muxed.peer_id):
-            if conn.muxed_conn is muxed:
-                await conn.event_closed.wait()
+        try:
+            for conn in swarm.get_connections(muxed.peer_id):
+                if conn.muxed_conn is muxed:
+                    await conn.event_closed.wait()
+            # The listener closes the socket when we return; what was written, and the goodbye, may be on its way.
+            with trio.move_on_after(yamux.CLOSE_GRACE + CLOSE_TIMEOUT):
+                await muxed.event_closed.wait()
+        finally:
+            admission.leave(source)
+
+
+class Admission:
+    """Who has how many of a swarm's inbound places, so that one address cannot have all of them.
+
+    The library counts all connections together (network/swarm.py:1978): a few hundred silent sockets of one machine
+    keep everybody else out.
+    """
+
+    def __init__(self) -> None:
+        self._connections: Counter[str] = Counter()
+        self._handshakes: dict[trio.CancelScope, str] = {}  # oldest first
+
+    def enter(self, source: str) -> bool:
+        """Take a place; false when `source` has too many already."""
+        if self._connections[source] >= MAX_INBOUND_PER_ADDRESS:
+            return False
+        self._connections[source] += 1
+        return True
+
+    def leave(self, source: str) -> None:
+        self._connections[source] -= 1
+        if not self._connections[source]:
+            del self._connections[source]
+
+    @contextmanager
+    def handshake(self, source: str) -> Iterator[None]:
+        """While a connection authenticates. The block is cancelled when it must give way to another one."""
+        if len(self._handshakes) >= MAX_HANDSHAKES:
+            ((crowd, _),) = Counter(self._handshakes.values()).most_common(1)
+            oldest = next(scope for scope, other in self._handshakes.items() if other == crowd)
+            del self._handshakes[oldest]
+            oldest.cancel()
+        with trio.CancelScope() as scope:
+            self._handshakes[scope] = source
+            try:
+                yield
+            finally:
+                self._handshakes.pop(scope, None)
+
+
+def _source(address: tuple[str, int] | None) -> str:
+    """What counts as one machine: an IPv4 address, or the /64 that anybody with IPv6 has."""
+    if address is None:
+        return ""
+    ip = ipaddress.ip_address(address[0].split("%")[0])
+    return str(ip) if ip.version == 4 else str(ipaddress.ip_network((ip, 64), strict=False))
 
 
 async def _close_connection(conn: Any) -> None:
