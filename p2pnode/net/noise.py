@@ -294,7 +294,10 @@ class NoiseConnection(BaseSession):  # type: ignore[misc]
         try:
             pos = 0
             while pos < len(data):
-                pos += await self._socket.send(data[pos:])
+                try:  # trio's send() costs as much again as the system call
+                    pos += os.write(self._socket.fileno(), data[pos:])
+                except BlockingIOError:
+                    await trio.lowlevel.wait_writable(self._socket)
         except OSError as exc:
             raise ConnectionClosedError(f"the connection broke: {exc}", transport="tcp") from exc
         except trio.ClosedResourceError as exc:

@@ -9,6 +9,7 @@ rows promise is checked on every read of a chunk anyway.
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import sqlite3
 import threading
@@ -121,6 +122,8 @@ class Catalog:
             try:
                 self.commit()
             finally:
+                if self._timer is not None:
+                    self._timer.cancel()
                 self._db.close()
 
     @contextlib.contextmanager
@@ -177,14 +180,15 @@ class Catalog:
             self._deferred += size
             if self._deferred >= COMMIT_BYTES:
                 self.commit()
-            elif self._timer is None:
+            elif self._timer is None:  # one that is running also does: it only comes sooner
                 self._timer = threading.Timer(COMMIT_SECONDS, self._commit_late)
                 self._timer.daemon = True
                 self._timer.start()
 
     def _commit_late(self) -> None:
         # A failure is no news to anybody here: the next accept or flush meets it again.
-        with contextlib.suppress(StoreError, sqlite3.ProgrammingError):
+        with self._lock, contextlib.suppress(StoreError, sqlite3.ProgrammingError):
+            self._timer = None
             self.commit()
 
     def commit(self) -> None:
@@ -192,9 +196,6 @@ class Catalog:
         with self._lock, self._errors():
             if self._depth:
                 return
-            if self._timer is not None:
-                self._timer.cancel()
-                self._timer = None
             if not self._db.in_transaction:
                 return
             try:
@@ -307,6 +308,7 @@ class Catalog:
             )
 
 
+@functools.lru_cache(1024)
 def _source(row: tuple[Any, ...]) -> Source:
     id, kind, path, owned, dev, ino, size, mtime_ns, image = row
     stamp = None if ino is None else FileStamp(dev, ino, size, mtime_ns)

@@ -267,3 +267,14 @@ def test_payloads_are_slices_of_what_was_fed_and_small_pieces_are_joined() -> No
     assert isinstance(block, m.Block)
     assert b"".join(block.payload) == bytes(size)
     assert len(block.payload) <= size // m.JOINED_PIECE + 1, "a peer that sends byte by byte costs what it sends"
+
+
+@given(keys, st.integers(0, 300), st.integers(0, 1 << 33), st.integers(0, 60), st.integers(0, 255))
+def test_the_short_cut_for_block_headers_agrees_with_the_decoder(
+    key: bytes, encoding: int, size: int, at: int, byte: int
+) -> None:
+    header = bytearray(dagcbor.encode([key, encoding, size]))
+    if at < len(header):
+        header[at] = byte
+    usual = m._usual_block_header(bytes(header))
+    assert usual is None or usual == dagcbor.decode(bytes(header))
