@@ -8,7 +8,7 @@ from __future__ import annotations
 import difflib
 import os
 import tomllib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,6 +21,7 @@ MIN_CHUNK, MAX_CHUNK = 4096, 4 << 20  # what a manifest may name as fixed sizes 
 MAX_CONFIG_BYTES = 1 << 20
 MAX_LIST = 256
 LOG_LEVELS = ("debug", "info", "warning", "error")
+REACHABILITY = ("auto", "public", "private")
 _BOOLEANS = {"1": True, "true": True, "yes": True, "on": True, "0": False, "false": False, "no": False, "off": False}
 
 ENV_PREFIX = "P2PNODE_"
@@ -43,6 +44,17 @@ class Config:
     announce: tuple[str, ...] = ()  # addresses that lead here though the machine does not know them (forwarded ports)
     bootstrap: tuple[str, ...] = ()  # multiaddresses with /p2p/<peer id> of nodes to join the network through
     mdns: bool = True  # find nodes on the local network
+    reachability: str = "auto"  # public or private spares finding out whether strangers can connect to this node
+    upnp: bool = True  # ask a gateway for a port when strangers cannot connect
+    hole_punching: bool = True  # make relayed connections direct
+    relays: tuple[str, ...] = ()  # multiaddresses with /p2p/<peer id> of relays to prefer when strangers cannot connect
+    relay: bool = False  # be a relay for others, within the limits below (where 0 is no limit: the last three)
+    relay_reservations: int = 512  # nodes that are reachable through this one
+    relay_circuits: int = 256  # connections carried at the same time ...
+    relay_circuits_per_peer: int = 32
+    relay_circuit_bytes: int = 0  # in each direction, after which a connection is ended
+    relay_circuit_seconds: int = 0  # after which a connection is ended
+    relay_bandwidth: int = 0  # bytes per second, all connections and both directions together
     chunk_size: int = 0  # bytes; 0 cuts by content (FastCDC), anything else at fixed distances
     gc_age_days: int = 30
     gc_min_copies: int = 2
@@ -207,10 +219,13 @@ def _directory(value: object) -> Path:
     return Path(os.path.abspath(Path(value).expanduser()))
 
 
-def _log_level(value: object) -> str:
-    if not isinstance(value, str) or value.lower() not in LOG_LEVELS:
-        raise ValueError(f"must be one of {', '.join(LOG_LEVELS)}")
-    return value.lower()
+def _one_of(words: Sequence[str]) -> Callable[[object], str]:
+    def check(value: object) -> str:
+        if not isinstance(value, str) or value.lower() not in words:
+            raise ValueError(f"must be one of {', '.join(words)}")
+        return value.lower()
+
+    return check
 
 
 class _Key(NamedTuple):
@@ -224,10 +239,21 @@ _KEYS: dict[str, _Key] = {
     "announce": _Key(list, _list(addresses.parse)),
     "bootstrap": _Key(list, _list(_with_peer)),
     "mdns": _Key(bool, _boolean),
+    "reachability": _Key(str, _one_of(REACHABILITY)),
+    "upnp": _Key(bool, _boolean),
+    "hole_punching": _Key(bool, _boolean),
+    "relays": _Key(list, _list(_with_peer)),
+    "relay": _Key(bool, _boolean),
+    "relay_reservations": _Key(int, _integer(0, 100_000, "reservations")),
+    "relay_circuits": _Key(int, _integer(0, 100_000, "circuits")),
+    "relay_circuits_per_peer": _Key(int, _integer(0, 100_000, "circuits")),
+    "relay_circuit_bytes": _Key(int, _integer(0, 1 << 50, "bytes")),
+    "relay_circuit_seconds": _Key(int, _integer(0, 366 * 86400, "seconds")),
+    "relay_bandwidth": _Key(int, _integer(0, 1 << 40, "bytes per second")),
     "chunk_size": _Key(int, _integer(MIN_CHUNK, MAX_CHUNK, "bytes", also=0)),
     "gc_age_days": _Key(int, _integer(0, 36_500, "days")),
     "gc_min_copies": _Key(int, _integer(0, 1_000, "copies")),
     "nix_store": _Key(str, _directory),
-    "log_level": _Key(str, _log_level),
+    "log_level": _Key(str, _one_of(LOG_LEVELS)),
     "announce_rate": _Key(int, _integer(1 << 10, 1 << 30, "bytes per second")),
 }

@@ -9,6 +9,7 @@ Results are plain dicts in the form the command line prints with --json (DESIGN 
 
 from __future__ import annotations
 
+import gc
 import logging
 import time
 from collections.abc import AsyncIterator, Iterable, Sequence
@@ -29,7 +30,7 @@ from p2pnode.net.transport import Provider, Router
 from p2pnode.progress import Report
 from p2pnode.store import Store
 from p2pnode.swarm.exchange import Exchange
-from p2pnode.swarm.fetcher import Fetcher, FetchOptions
+from p2pnode.swarm.fetcher import Fetched, Fetcher, FetchOptions
 from p2pnode.swarm.holdings import chunk_key
 from p2pnode.threads import in_thread
 from protocols.cid import CID, Codec
@@ -43,7 +44,7 @@ log = logging.getLogger(__name__)
 
 AGENT = f"p2pnode/{__version__}"
 BOOTSTRAP_RETRY = 5.0
-BOOTSTRAP_RETRY_MAX = 60.0
+BOOTSTRAP_RETRY_MAX = 20.0  # a node that is alone notices within 30 s that it need not be
 BOOTSTRAP_WAIT = 10.0  # the longest a search waits for the first connections
 GOODBYE_SECONDS = 2.5
 MAX_PROVIDERS = 32  # of one key that are joined
@@ -63,6 +64,7 @@ class Node:
         self._started = time.time()
         self._untried = set(config.bootstrap)
         self._bootstrapped = trio.Event()
+        self._elsewhere = trio.Event()  # the machine's network changed, or it was asleep
 
     @classmethod
     @asynccontextmanager
@@ -85,7 +87,12 @@ class Node:
         network_class, router_class, config_class = await trio.to_thread.run_sync(_import_network)
         async with (
             network_class.open(
-                identity=identity, listen=config.listen, address_book=book, announce=config.announce, agent=AGENT
+                identity=identity,
+                listen=config.listen,
+                address_book=book,
+                announce=config.announce,
+                agent=AGENT,
+                nat=_nat_settings(config),
             ) as network,
             trio.open_nursery() as nursery,
         ):
@@ -94,6 +101,8 @@ class Node:
             node = cls(config, store, network, router, exchange)
             await nursery.start(exchange.run)
             await nursery.start(router.run)
+            network.on_change(node._moved)
+            network.on_addrs(router.moved)
             nursery.start_soon(node._bootstrap)
             if config.mdns:
                 nursery.start_soon(node._mdns, book)
@@ -146,7 +155,14 @@ class Node:
                 known = False
                 self._tried(addr)
                 delay = min(2 * delay, BOOTSTRAP_RETRY_MAX)
-            await trio.sleep(delay)
+            with trio.move_on_after(delay):
+                await self._elsewhere.wait()
+                delay = BOOTSTRAP_RETRY
+
+    def _moved(self, _change: object) -> None:
+        """Dial the bootstrap peers anew, and at once."""
+        self._elsewhere.set()
+        self._elsewhere = trio.Event()
 
     async def _mdns(self, book: AddressBook) -> None:
         from p2pnode.net.mdns import run_mdns
@@ -157,7 +173,8 @@ class Node:
                 book.heard(peer, addrs)
                 nursery.start_soon(self._meet, peer, addrs)
 
-            await run_mdns(self.peer_id, self.addrs, found)
+            # A relay is no way to a neighbour.
+            await run_mdns(self.peer_id, lambda: [addr for addr in self.addrs() if "/p2p-circuit" not in addr], found)
 
     async def _meet(self, peer: str, addrs: Sequence[str]) -> None:
         try:
@@ -266,7 +283,8 @@ class Node:
             "duplicate_bytes": fetched.duplicate_bytes,
             "from": fetched.sources,
             "banned": sorted(fetched.banned),
-            "relayed_bytes": 0,
+            "relayed_bytes": sum(fetched.relayed.values()),
+            "connections": _paths(fetched),
             "seconds": round(fetched.seconds, 3),
         }
 
@@ -303,6 +321,7 @@ class Node:
             "version": __version__,
             "uptime": round(time.time() - self._started, 1),
             "home": str(self._config.home),
+            "reachability": self._network.traversal.status(),
             "peers": len({connection.peer for connection in self._network.connections()}),
             "fetching": [str(root) for root in self._running],
             "banned": {peer: round(left) for peer, left in self._exchange.bans.items()},
@@ -323,6 +342,7 @@ class Node:
                     "peer": connection.peer,
                     "addr": connection.addr,
                     "direction": connection.direction,
+                    "relayed": connection.relayed,
                     "seconds": round(now - connection.since, 1),
                     "rtt": connection.rtt,
                     "received_bytes": traffic.received,
@@ -335,10 +355,48 @@ class Node:
 
 def _import_network() -> tuple[Any, Any, Any]:
     """libp2p takes 1.6 s and 84 MB to import: only for a node that talks, and where Ctrl-C is heard meanwhile."""
-    from p2pnode.net.dht import DHTConfig, DHTRouter
-    from p2pnode.net.network import Network
-
+    gc.disable()  # nothing of it becomes garbage
+    try:
+        from p2pnode.net.dht import DHTConfig, DHTRouter
+        from p2pnode.net.network import Network
+    finally:
+        gc.enable()
+    gc.freeze()  # 1,250 modules that every full collection would walk through
     return Network, DHTRouter, DHTConfig
+
+
+def _nat_settings(config: Config) -> Any:
+    from p2pnode.net.traversal import NatSettings, Wanted
+    from protocols.relay import RelayLimits
+
+    limits = RelayLimits(
+        max_reservations=config.relay_reservations,
+        max_circuits=config.relay_circuits,
+        max_circuits_per_peer=config.relay_circuits_per_peer,
+        circuit_bytes=config.relay_circuit_bytes,
+        circuit_seconds=config.relay_circuit_seconds,
+        bandwidth=config.relay_bandwidth,
+    )
+    return NatSettings(
+        reachability=Wanted(config.reachability),
+        relays=config.relays,
+        serve=limits if config.relay else None,
+        punch=config.hole_punching,
+        upnp=config.upnp,
+    )
+
+
+def _paths(fetched: Fetched) -> dict[str, dict[str, Any]]:
+    """How each source was reached at the end, and when a relayed one became direct."""
+    paths: dict[str, dict[str, Any]] = {}
+    for peer in fetched.sources:
+        moved = fetched.direct_after.get(peer)
+        relayed = peer in fetched.relayed and moved is None
+        paths[peer] = {
+            "path": "relayed" if relayed else "direct",
+            "direct_after": None if moved is None else round(moved, 3),
+        }
+    return paths
 
 
 def _nar_key(nar_hash: bytes) -> bytes:

@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 from p2pnode import config
 from p2pnode.errors import ConfigError
 from protocols import manifest
+from protocols.relay import RelayLimits
 
 PEER = "12D3KooWRimWGdCxiJ1tQkGNr32WBUs5AVYkz3cxjZzMNQ9jukFw"
 
@@ -53,6 +54,9 @@ def test_lists_from_the_environment(tmp_path: Path) -> None:
         ("listen = ['/ip4/1.2.3.4/udp/1']", ["listen", "udp"]),
         ("bootstrap = ['/ip4/192.0.2.7/tcp/1']", ["bootstrap", "/p2p/"]),
         ("mdns = 1", ["mdns", "true or false"]),
+        ("reachability = 'maybe'", ["reachability", "auto, public, private"]),
+        ("relays = ['/ip4/192.0.2.7/tcp/1']", ["relays", "/p2p/"]),
+        ("relay_bandwidth = -1", ["relay_bandwidth", "bytes per second"]),
         ("chunk_size = 4095", ["chunk_size", "4096"]),
         ("chunk_size = 4194305", ["chunk_size", "4194304"]),
         ("chunk_size = true", ["chunk_size"]),
@@ -114,3 +118,12 @@ def test_any_text_loads_or_is_a_config_error(text: str) -> None:
             config.load(Path(directory), {}, {})
         except ConfigError as exc:
             assert "\n" not in str(exc).replace(directory, "") or "TOML" in str(exc)
+
+
+def test_the_relays_limits_are_the_protocols_own(tmp_path: Path) -> None:
+    """Written twice, as reading the configuration must not import the protocols."""
+    loaded, limits = config.load(tmp_path, {}, {}), RelayLimits()
+    assert (loaded.relay_reservations, loaded.relay_circuits) == (limits.max_reservations, limits.max_circuits)
+    assert loaded.relay_circuits_per_peer == limits.max_circuits_per_peer
+    assert (loaded.relay_circuit_bytes, loaded.relay_circuit_seconds) == (limits.circuit_bytes, limits.circuit_seconds)
+    assert loaded.relay_bandwidth == limits.bandwidth

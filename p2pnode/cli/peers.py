@@ -39,7 +39,7 @@ def _human(rows: list[dict[str, Any]]) -> str:
             (
                 row["peer"],
                 row["addr"],
-                row["direction"],
+                f"{row['direction']}{' via relay' if row['relayed'] else ''}",
                 "-" if row["rtt"] is None else f"{1000 * row['rtt']:.1f} ms",
                 text.duration(row["seconds"]),
                 text.size(row["received_bytes"]),

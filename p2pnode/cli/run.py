@@ -16,8 +16,9 @@ if TYPE_CHECKING:
 
 @click.command(short_help="Run the node of this machine until it is stopped.")
 @options.network
+@click.option("--relay", is_flag=True, help="Also carry connections of nodes that nobody can connect to.")
 @pass_app
-def run(app: App, listen: tuple[str, ...], bootstrap: tuple[str, ...], no_mdns: bool) -> None:
+def run(app: App, listen: tuple[str, ...], bootstrap: tuple[str, ...], no_mdns: bool, relay: bool) -> None:
     """Run the node of this machine until it is stopped (Ctrl-C or SIGTERM).
 
     It serves all images it holds. While it runs, the other commands on the same home go through it.
@@ -26,8 +27,9 @@ def run(app: App, listen: tuple[str, ...], bootstrap: tuple[str, ...], no_mdns: 
     Examples:
       p2pnode run
       p2pnode run --listen /ip4/0.0.0.0/tcp/4747 --bootstrap /ip4/192.0.2.7/tcp/4747/p2p/12D3KooW...
+      p2pnode run --relay
     """
-    config = app.load(listen=listen, bootstrap=bootstrap, mdns=False if no_mdns else None)
+    config = app.load(listen=listen, bootstrap=bootstrap, mdns=False if no_mdns else None, relay=relay or None)
     if app.daemon(config) is not None:
         raise HomeLocked(f"a node is running on {config.home} already; `p2pnode status` shows it")
 

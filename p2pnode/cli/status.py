@@ -47,6 +47,7 @@ def _human(row: dict[str, Any]) -> str:
     if "peer_id" in row:
         pairs += [("peer id", row["peer_id"]), *(("address", addr) for addr in row["addrs"])]
         pairs += [("up for", text.duration(row["uptime"])), ("peers", str(row["peers"]))]
+        pairs += _reachability(row["reachability"])
         pairs += [("fetching", image) for image in row.get("fetching", ())]
         pairs += [("banned", f"{peer}, for {left} s more") for peer, left in row.get("banned", {}).items()]
     else:
@@ -60,3 +61,14 @@ def _human(row: dict[str, Any]) -> str:
     ]
     pairs += [("problem", f"{each['path']}: {each['reason']}") for each in row["problems"]]
     return text.fields(pairs)
+
+
+def _reachability(row: dict[str, Any]) -> list[tuple[str, str]]:
+    pairs = [("reachable", f"{row['state']}: {row['reason']}")]
+    pairs += [("through relay", relay) for relay in row["relays"]]
+    if row["waiting_for_relay"]:
+        pairs.append(("through relay", "none is left, so nobody outside can connect until one returns"))
+    pairs += [("relay failed", why) for why in row["relay_failures"].values()]
+    if (serving := row.get("serving")) is not None:
+        pairs.append(("relay for", f"{serving['reservations']} nodes, {serving['circuits']} connections"))
+    return pairs

@@ -11,6 +11,7 @@ Everything else is refused by `parse` and skipped by `valid`: an address that no
 
 from __future__ import annotations
 
+import enum
 import ipaddress
 import re
 from collections.abc import Iterable, Sequence
@@ -26,6 +27,44 @@ _HOST_KINDS = ("ip4", "ip6", "dns", "dns4", "dns6")
 _DNS_NAME = re.compile(r"(?=.{1,253}\Z)([A-Za-z0-9_]([A-Za-z0-9_-]{0,61}[A-Za-z0-9])?\.?)+\Z")
 
 Interface = ipaddress.IPv4Interface | ipaddress.IPv6Interface
+IP = ipaddress.IPv4Address | ipaddress.IPv6Address
+
+
+class Scope(enum.Enum):
+    """From where an IP address can be dialled, as far as its number tells."""
+
+    HOST = "host"  # this machine only
+    LAN = "lan"  # RFC 1918 and unique local addresses: this site only, and the same number is somebody else elsewhere
+    OVERLAY = "overlay"  # RFC 6598, the range of carrier-grade NATs and of meshes such as Tailscale
+    PUBLIC = "public"
+
+
+_LAN = tuple(
+    map(
+        ipaddress.ip_network,
+        ("10.0.0.0/8", "172.16.0.0/12", "192.168.0.0/16", "169.254.0.0/16", "fc00::/7", "fe80::/10"),
+    )
+)
+_OVERLAY = ipaddress.ip_network("100.64.0.0/10")
+
+
+def scope_of(ip: IP) -> Scope:
+    """The scope of `ip`. Not `ip.is_private`, which counts the ranges for documentation and benchmarks as private."""
+    mapped = ip.ipv4_mapped if isinstance(ip, ipaddress.IPv6Address) else None
+    ip = mapped or ip
+    if ip.is_loopback or ip.is_unspecified:
+        return Scope.HOST
+    if any(ip in network for network in _LAN):
+        return Scope.LAN
+    return Scope.OVERLAY if ip in _OVERLAY else Scope.PUBLIC
+
+
+def of_endpoint(host: str, port: int) -> Address:
+    """The address of a socket's (host, port)."""
+    ip = ipaddress.ip_address(host)
+    mapped = ip.ipv4_mapped if isinstance(ip, ipaddress.IPv6Address) else None
+    ip = mapped or ip
+    return Address(f"ip{ip.version}", str(ip), port)
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,12 +84,21 @@ class Address:
         return f"{text}/p2p/{self.peer}" if self.peer is not None else text
 
     @property
-    def ip(self) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
+    def ip(self) -> IP | None:
         """The host as an IP address; None when it is a name."""
         return ipaddress.ip_address(self.host) if self.kind in ("ip4", "ip6") else None
 
+    @property
+    def scope(self) -> Scope | None:
+        """None when the host is a name."""
+        return None if self.ip is None else scope_of(self.ip)
+
     def with_peer(self, peer: str | None) -> Address:
         return replace(self, peer=peer)
+
+    def through(self, relay: str) -> Address:
+        """The circuit over the relay that listens at this address."""
+        return replace(self, relay=relay, peer=None)
 
 
 def check_peer_id(text: str) -> str:

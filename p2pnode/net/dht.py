@@ -54,6 +54,7 @@ COALESCE = 0.2  # wait for more keys: an import hands them over in many small pi
 SWEEPERS = 8  # parts of the key space swept at once in large networks
 QUERIES = 64  # requests in flight, all look-ups together
 TELLERS = 8  # peers announced to at once by one pass
+MAX_TOLD = 64  # peers that hear of new addresses at once; the others with the next frame they get
 PASSES = 4  # at once: a slow peer must not hold up the next keys
 REFRESH = 600.0  # seconds; libp2p's kad-dht refreshes as often
 STALE = 300.0  # a peer not heard of for so long is pinged
@@ -139,6 +140,11 @@ class DHTRouter:
         if peer != self._me and peer not in self.table:
             self._greet[peer] = None
             self._arrived.set()
+
+    def moved(self) -> None:
+        """We are reachable at other addresses: tell those who are nearest now, others with the next frame."""
+        self._greet.update((info.peer, None) for info in self.table.closest(self.table.position, MAX_TOLD))
+        self._arrived.set()
 
     async def bootstrap(self) -> None:
         """Fill the routing table from whom we are connected to."""

@@ -11,10 +11,12 @@ from p2pnode.net.addresses import Address, parse
 from p2pnode.net.dialler import (
     ATTEMPT_TIMEOUT,
     DIAL_TIMEOUT,
+    RELAY_DELAY,
     STAGGER,
     AttemptFailed,
     DialFailed,
     candidates,
+    circuits,
     race,
 )
 from p2pnode.net.identity import peer_id_of
@@ -131,3 +133,56 @@ async def test_many_dead_addresses_end_at_the_overall_limit(autojump_clock: Mock
 async def test_no_address_fails_at_once(autojump_clock: MockClock) -> None:
     with pytest.raises(DialFailed):
         await race([], hang)
+
+
+def circuit(relay: str, host: str = "9.9.9.9", peer: str = "") -> str:
+    return f"/ip4/{host}/tcp/1/p2p/{relay}/p2p-circuit{peer and f'/p2p/{peer}'}"
+
+
+def test_circuits_one_for_each_relay() -> None:
+    relays = [peer_id_of(bytes([n]) * 32) for n in range(3, 10)]
+    found = circuits([circuit(relay, peer=ALICE) for relay in relays], ALICE, BOB)
+    assert [address.relay for address in found] == relays[:4]
+    assert {address.peer for address in found} == {None}
+    assert circuits([circuit(relays[0]), circuit(relays[0], "8.8.8.8")], ALICE, BOB) == [parse(circuit(relays[0]))]
+
+
+def test_circuits_that_lead_nowhere_are_left_out() -> None:
+    relay = peer_id_of(bytes([3]) * 32)
+    texts = [circuit(BOB), circuit(ALICE), circuit(relay, peer=BOB), "/ip4/9.9.9.9/tcp/1", "nonsense"]
+    assert circuits(texts, ALICE, BOB) == []
+
+
+async def test_relays_wait_for_direct_addresses_a_little(autojump_clock: MockClock) -> None:
+    began = trio.current_time()
+    started: dict[Address, float] = {}
+    relayed = parse(circuit(BOB))
+
+    async def attempt(address: Address) -> str:
+        started[address] = trio.current_time() - began
+        return await hang(address) if address.relay is None else "relayed"
+
+    assert await race([*FIVE, relayed], attempt) == (relayed, "relayed")
+    assert started[relayed] == pytest.approx(RELAY_DELAY)
+    assert FIVE[0] in started
+
+
+async def test_a_quick_direct_connection_spares_the_relay(autojump_clock: MockClock) -> None:
+    async def attempt(address: Address) -> str:
+        assert address.relay is None
+        await trio.sleep(RELAY_DELAY * 0.9)
+        return "direct"
+
+    assert await race([FIVE[0], parse(circuit(BOB))], attempt) == (FIVE[0], "direct")
+
+
+async def test_relays_start_at_once_when_nothing_else_is_left(autojump_clock: MockClock) -> None:
+    began = trio.current_time()
+
+    async def attempt(address: Address) -> str:
+        if address.relay is None:
+            raise AttemptFailed("refused")
+        return "relayed"
+
+    await race([FIVE[0], parse(circuit(BOB))], attempt)
+    assert trio.current_time() - began < 0.01

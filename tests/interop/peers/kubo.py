@@ -1,4 +1,6 @@
-"""kubo (go-libp2p), from the shared library in PyPI's kubo-python: python -m tests.interop.peers.kubo LIBRARY
+"""kubo (go-libp2p), from the shared library in PyPI's kubo-python: python -m tests.interop.peers.kubo LIBRARY [RELAY]
+
+With the address of a relay it believes that it is private, and reserves a place there.
 
 Its streams are reached through `ipfs p2p`: streams of a protocol end in TCP servers of this process, and TCP
 connections to its forwards become streams. kubo joins both directions of such a stream: the end of one closes the
@@ -49,14 +51,14 @@ class TcpPipe:
 class Kubo:
     """A node whose repository is the (empty) directory `repo`: only TCP on loopback, no routing, no bootstrap peers."""
 
-    def __init__(self, library: str, repo: Path) -> None:
+    def __init__(self, library: str, repo: Path, relay: str | None) -> None:
         self._library = ctypes.CDLL(library)
         self._repo = str(repo).encode()
         for name in ("GetNodeID", "GetNodeMultiAddrs", "ListPeersIDs", "P2PListForwards"):
             getattr(self._library, name).restype = ctypes.c_char_p
         self.call("CreateRepo")
         path = repo / "config"
-        path.write_text(json.dumps(confined(json.loads(path.read_text()))))
+        path.write_text(json.dumps(confined(json.loads(path.read_text()), relay)))
         self.call("RunNode")
 
     def call(self, name: str, *args: str | int) -> None:
@@ -73,7 +75,7 @@ class Kubo:
         return getattr(self._library, name)(self._repo, *(a.encode() if isinstance(a, str) else a for a in args))
 
 
-def confined(config: dict[str, Any]) -> dict[str, Any]:
+def confined(config: dict[str, Any], relay: str | None) -> dict[str, Any]:
     off = {"Enabled": False}
     config["Bootstrap"] = []
     config["Routing"] = {"Type": "none"}
@@ -88,6 +90,10 @@ def confined(config: dict[str, Any]) -> dict[str, Any]:
         EnableHolePunching=False,
         Transports={"Network": {"QUIC": False, "Relay": False, "Websocket": False, "WebTransport": False}},
     )
+    if relay is not None:
+        config["Internal"]["Libp2pForceReachability"] = "private"
+        config["Swarm"]["RelayClient"] = {"Enabled": True, "StaticRelays": [relay]}
+        config["Swarm"]["Transports"]["Network"]["Relay"] = True
     return config
 
 
@@ -165,13 +171,13 @@ class KuboPeer:
         return await exchange_until_reset(pipe, (trio.BrokenResourceError, EOFError))
 
 
-async def main(library: str) -> None:
-    kubo = Kubo(library, Path.cwd())
+async def main(library: str, relay: str | None = None) -> None:
+    kubo = Kubo(library, Path.cwd(), relay)
     async with trio.open_nursery() as nursery:
         peer = KuboPeer(kubo, nursery)
         await peer.listen()
         name = kubo.ask("GetNodeID").removeprefix("ID:")
-        (addr,) = json.loads(kubo.ask("GetNodeMultiAddrs"))
+        addr = next(addr for addr in json.loads(kubo.ask("GetNodeMultiAddrs")) if "p2p-circuit" not in addr)
         await serve(
             {"peer": name, "addr": f"{addr}/p2p/{name}", "version": "kubo-python"},
             {
@@ -187,4 +193,4 @@ async def main(library: str) -> None:
 
 
 if __name__ == "__main__":
-    trio.run(main, sys.argv[1])
+    trio.run(main, *sys.argv[1:])

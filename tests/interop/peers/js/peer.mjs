@@ -1,10 +1,11 @@
-// js-libp2p: node peer.mjs. Driven as tests/interop/peers/control.py says; the traffic is that of traffic.py.
+// js-libp2p: node peer.mjs [relay|relayed]. Driven as tests/interop/peers/control.py says; the traffic is that of traffic.py.
 
 import { randomBytes } from 'node:crypto'
 import { readFileSync } from 'node:fs'
 import { createInterface } from 'node:readline'
 import { noise } from '@chainsafe/libp2p-noise'
 import { yamux } from '@chainsafe/libp2p-yamux'
+import { circuitRelayServer, circuitRelayTransport } from '@libp2p/circuit-relay-v2'
 import { identify } from '@libp2p/identify'
 import { ping } from '@libp2p/ping'
 import { tcp } from '@libp2p/tcp'
@@ -18,14 +19,20 @@ const ABORT_AFTER = 100_000
 const BLOCK = 262_139
 const MANY = { maxInboundStreams: 1024, maxOutboundStreams: 1024 }
 
+const role = process.argv[2] // 'relay': a relay without limits; 'relayed': can only be reached through one
+
+const relay = role === 'relay'
+  ? { relay: circuitRelayServer({ reservations: { applyDefaultLimit: false } }) }
+  : {}
+
 const node = await createLibp2p({
-  addresses: { listen: ['/ip4/127.0.0.1/tcp/0'] },
-  transports: [tcp()],
+  addresses: { listen: role === 'relayed' ? [] : ['/ip4/127.0.0.1/tcp/0'] },
+  transports: role === 'relayed' ? [tcp(), circuitRelayTransport()] : [tcp()],
   connectionEncrypters: [noise()],
   streamMuxers: [yamux()],
   connectionManager: { inboundConnectionThreshold: 1000 }, // per second and host; 5 by default, and tests are faster
   // By default one identify stream at a time: a test's own would be reset while the one of every new connection runs.
-  services: { identify: identify({ maxInboundStreams: 8, maxOutboundStreams: 8 }), ping: ping() }
+  services: { identify: identify({ maxInboundStreams: 8, maxOutboundStreams: 8 }), ping: ping(), ...relay }
 })
 
 async function send (stream, data) {
@@ -122,6 +129,14 @@ const commands = {
   async connect ({ addr }) {
     return (await node.dial(multiaddr(addr))).remotePeer.toString()
   },
+  async reserve ({ relay }) {
+    await node.components.transportManager.listen([multiaddr(`${relay}/p2p-circuit`)])
+    while (true) {
+      const addr = node.getMultiaddrs().find((a) => a.toString().includes('/p2p-circuit'))
+      if (addr != null) return addr.toString()
+      await new Promise((resolve) => setTimeout(resolve, 20))
+    }
+  },
   async echo ({ peer, size, streams }) {
     const all = await Promise.all(Array.from({ length: streams }, async () => open(peer, ECHO)))
     await Promise.all(all.map(async (stream) => exchange(stream, size, true)))
@@ -166,7 +181,7 @@ function say (message) {
 const { version } = JSON.parse(readFileSync(new URL('node_modules/libp2p/package.json', import.meta.url)))
 say({
   peer: node.peerId.toString(),
-  addr: node.getMultiaddrs()[0].toString(),
+  addr: node.getMultiaddrs()[0]?.toString() ?? '',
   version: `js-libp2p ${version}, Node.js ${process.versions.node}`
 })
 
