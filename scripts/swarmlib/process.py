@@ -163,9 +163,14 @@ class Command:
 class Daemon:
     """`p2pnode run` on a home. As a context manager it is up inside and ended after."""
 
-    def __init__(self, home: Home, *, program: Sequence[str] = NODE, prefix: Sequence[str] = ()) -> None:
-        """`program`: the command line of the node (FAULTY with its options, say); `prefix` stands before it."""
+    def __init__(
+        self, home: Home, *, program: Sequence[str] = NODE, prefix: Sequence[str] = (), options: Sequence[str] = ()
+    ) -> None:
+        """`program`: the command line of the node (FAULTY with its options, say); `prefix` stands before it, and
+        `options` are those of `run`.
+        """
         self.home = home
+        self._options = tuple(options)
         self._program = tuple(program)
         self._prefix = tuple(prefix)
         self._runs = 0
@@ -178,7 +183,7 @@ class Daemon:
         self.home.write()
         self._runs += 1
         log = self.home.path.with_name(f"{self.home.path.name}-daemon-{self._runs}")
-        args = [*self._program, "--home", str(self.home.path), "--json", "run"]
+        args = [*self._program, "--home", str(self.home.path), "--json", "run", *self._options]
         self.command = Command(args, log, prefix=self._prefix)
 
     def ready(self, timeout: float = START_SECONDS) -> None:
