@@ -82,6 +82,10 @@ class MemoryStream:
     def relayed(self) -> bool:
         return self._relayed
 
+    @property
+    def rtt(self) -> float | None:
+        return None
+
     async def send_all(self, data: Buffer) -> None:
         await self._out.put(data)
 

@@ -40,6 +40,12 @@ class NetworkStream:
         """Whether a relay carries the bytes of this stream."""
         return bool(self._muxed.muxed_conn.get_connection_type() is ConnectionType.RELAYED)
 
+    @property
+    def rtt(self) -> float | None:
+        """The smallest round trip of late, by the kernel, which knows nothing of busy processes; through a relay that
+        of the muxer's pings. Seconds."""
+        return self._muxed.muxed_conn.path_rtt
+
     async def send_all(self, data: Buffer) -> None:
         await self.send_parts([data])
 

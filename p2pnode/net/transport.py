@@ -30,6 +30,10 @@ class Stream(Protocol):
     def relayed(self) -> bool:
         """Whether a relay carries the bytes of this stream."""
 
+    @property
+    def rtt(self) -> float | None:
+        """The network's round trip time to the peer in seconds, None if unknown."""
+
     async def send_all(self, data: Buffer) -> None:
         """Send all of `data`; waits while the peer's window is full."""
 

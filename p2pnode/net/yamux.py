@@ -236,6 +236,12 @@ class Yamux(IMuxedConn):  # type: ignore[misc]
         return self.session.rtt
 
     @property
+    def path_rtt(self) -> float | None:
+        """The smallest round trip time of late in seconds, of the path alone where the kernel tells it."""
+        times = self.secured_conn.round_trip_times() if self._batched else None
+        return self.session.rtt if times is None else times[1]
+
+    @property
     def is_initiator(self) -> bool:
         return self._initiator
 

@@ -67,6 +67,14 @@ class PeerHolds:
 
 
 @dataclass(frozen=True, slots=True)
+class PeerRtt:
+    """The round trip time to a peer is `seconds`, as the network tells."""
+
+    peer: str
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True)
 class PeerProgress:
     """Some bytes of a block came from a peer: it has not stalled."""
 
@@ -135,6 +143,7 @@ Event = (
     | PeerHas
     | PeerGot
     | PeerHolds
+    | PeerRtt
     | PeerProgress
     | BlockChecked
     | PeerLacks

@@ -34,6 +34,7 @@ from protocols.exchange.events import (
     PeerLeft,
     PeerMisbehaved,
     PeerProgress,
+    PeerRtt,
     RemoveDownload,
     Request,
     Tick,
@@ -169,6 +170,9 @@ class Swarm:
                 self._peer_got(name, id, ranges)
             case PeerHolds(peer=name, keys=keys):
                 self._peer_holds(name, keys)
+            case PeerRtt(peer=name, seconds=seconds):
+                if name in self._peers:
+                    self._peers[name].window.rtt = seconds
             case PeerProgress(peer=name):
                 if name in self._peers:
                     self._peers[name].heard = self._now
@@ -479,8 +483,9 @@ class Swarm:
 
     def _measure(self, peer: _Peer, event: BlockChecked) -> None:
         asked = peer.in_flight.get(event.key)
-        if event.key in peer.cancelled:
-            peer.cancelled.remove(event.key)  # it may come once, not again and again
+        if asked is None and event.key in peer.cancelled:
+            # One copy for each time it was asked for; what was asked for again after a cancel may come twice.
+            peer.cancelled.remove(event.key)
         peer.heard = self._now
         peer.snub = SNUB_FIRST
         peer.resting_until = 0.0

@@ -1,7 +1,7 @@
 """How many bytes to have in flight with one peer, and how long to wait for them.
 
-window = rate x max(4 x RTT, 0.5 s): enough to keep the pipe full through scheduling noise, little enough that a peer
-that turns slow holds up little (libtorrent's request_queue_time is 3 s; half a second suffices as we ask for chunks of
+window = rate x max(4 x RTT, 0.5 s or 8 MiB): enough to keep the pipe full through scheduling noise, little enough that a
+peer that turns slow holds up little and that chunks come about in the order in which they were asked for (libtorrent's request_queue_time is 3 s; half a second suffices as we ask for chunks of
 256 KiB instead of blocks of 16 KiB, and cancels are cheap). While starting, the window grows by one chunk per chunk
 received, that is it doubles per round trip (TCP slow start; libtorrent's peer_connection::received_piece).
 """
@@ -13,6 +13,7 @@ from dataclasses import dataclass
 START_WINDOW = 512 << 10  # two chunks of 256 KiB: one on the wire while the next is asked for
 MAX_WINDOW = 64 << 20  # 10 Gbit/s x 50 ms
 HORIZON = 0.5
+HORIZON_BYTES = 8 << 20  # 32 chunks are enough to queue, however fast they come
 RATE_INTERVAL = 0.25  # long enough for some chunks at 10 Mbit/s, short enough to follow a link that changes
 SMOOTHING = 0.4
 TIMEOUT_MIN = 2.0
@@ -49,7 +50,7 @@ class Window:
             self._since = now
         self._bytes += size
         if self.starting:
-            self.size = min(self.size + size, MAX_WINDOW)
+            self.size = min(self.size + size, max(HORIZON_BYTES, self.rate * 4 * self.rtt), MAX_WINDOW)
         elapsed = now - self._since
         if elapsed >= RATE_INTERVAL:
             self._measure(self._bytes / elapsed)
@@ -64,7 +65,8 @@ class Window:
             self.starting = False  # more in flight no longer brings more
         self.rate = sample if not self.rate else self.rate + SMOOTHING * (sample - self.rate)
         if not self.starting:
-            self.size = min(max(START_WINDOW, self.rate * max(4 * self.rtt, HORIZON)), MAX_WINDOW)
+            queue = min(self.rate * HORIZON, HORIZON_BYTES)
+            self.size = min(max(START_WINDOW, queue, self.rate * 4 * self.rtt), MAX_WINDOW)
 
     def timed_out(self) -> None:
         """The peer stalled: begin again from the smallest window, and grow it again (TCP does so after a time-out)."""

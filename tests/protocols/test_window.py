@@ -25,7 +25,8 @@ def test_measured_rate_and_window(rate: float) -> None:
     steady(window, rate, 20.0)
     assert window.rate == pytest.approx(rate, rel=0.3)
     assert not window.starting
-    assert window.size == pytest.approx(min(max(w.START_WINDOW, rate * 0.5), w.MAX_WINDOW), rel=0.3)
+    queue = max(min(rate * 0.5, w.HORIZON_BYTES), rate * 4 * 0.02)
+    assert window.size == pytest.approx(max(w.START_WINDOW, queue), rel=0.3)
 
 
 def test_doubles_per_window_while_starting() -> None:
