@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import difflib
 import os
+import re
 import tomllib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -22,6 +23,8 @@ MAX_CONFIG_BYTES = 1 << 20
 MAX_LIST = 256
 LOG_LEVELS = ("debug", "info", "warning", "error")
 REACHABILITY = ("auto", "public", "private")
+SIGNATURE_POLICIES = ("off", "if-keys", "always")
+_PUBLIC_KEY = re.compile(r"[!-9;-~]{1,256}:[A-Za-z0-9+/]{43}=")
 _BOOLEANS = {"1": True, "true": True, "yes": True, "on": True, "0": False, "false": False, "no": False, "off": False}
 
 ENV_PREFIX = "P2PNODE_"
@@ -59,6 +62,14 @@ class Config:
     gc_age_days: int = 30
     gc_min_copies: int = 2
     nix_store: Path | None = None  # root of a chroot store: its paths lie in <root>/nix/store
+    trusted_public_keys: tuple[str, ...] = ()  # NAME:BASE64, believed beside those of nix.conf
+    require_signatures: str | None = None  # see nix/trust_policy.py for what None means
+    sign_keys: tuple[str, ...] = ()  # files of secret keys that sign what is provided and put into caches
+    gateway: str = ""  # HOST:PORT where Nix finds a binary cache that is fed by the swarm; empty: none
+    gateway_upstreams: tuple[str, ...] = ()  # URLs of binary caches that are asked beside the swarm
+    gateway_lookup_seconds: int = 3  # the longest that Nix waits for an answer about a path
+    gateway_priority: int = 30  # among Nix's substituters, the lowest first; cache.nixos.org has 40
+    gateway_compression: str = "none"  # of the NARs that Nix gets; zstd for a gateway that serves a slow network
     log_level: str = "warning"
     announce_rate: int = 1 << 20  # bytes per second of announcements to one peer
     given: frozenset[str] = frozenset()  # the keys that some source set, as opposed to left at the default
@@ -195,10 +206,10 @@ def _integer(low: int, high: int, unit: str, also: int | None = None) -> Callabl
     return check
 
 
-def _list(check_each: Callable[[str], object]) -> Callable[[object], tuple[str, ...]]:
+def _list(check_each: Callable[[str], object], what: str = "multiaddresses") -> Callable[[object], tuple[str, ...]]:
     def check(value: object) -> tuple[str, ...]:
         if not isinstance(value, list | tuple) or not all(isinstance(each, str) for each in value):
-            raise ValueError("must be a list of multiaddresses")
+            raise ValueError(f"must be a list of {what}")
         if len(value) > MAX_LIST:
             raise ValueError(f"must have at most {MAX_LIST} entries")
         for each in value:
@@ -211,6 +222,17 @@ def _list(check_each: Callable[[str], object]) -> Callable[[object], tuple[str, 
 def _with_peer(text: str) -> None:
     if addresses.parse(text).peer is None:
         raise UsageError(f"address {text!r} must end in /p2p/<peer id>")
+
+
+def _public_key(text: str) -> None:
+    # The form alone: whether it is a key, cryptography knows, which takes too long to import here.
+    if not _PUBLIC_KEY.fullmatch(text):
+        raise ValueError(f"{text[:100]!r} must have the form NAME:BASE64, with the 44 characters of an Ed25519 key")
+
+
+def _absolute_file(text: str) -> None:
+    if not text.startswith("/") or "\0" in text:
+        raise ValueError(f"{text[:200]!r} must be the absolute path of a file")
 
 
 def _directory(value: object) -> Path:
@@ -226,6 +248,21 @@ def _one_of(words: Sequence[str]) -> Callable[[object], str]:
         return value.lower()
 
     return check
+
+
+def _host_port(value: object) -> str:
+    host, colon, port = value.rpartition(":") if isinstance(value, str) else ("", "", "")
+    if value != "" and not (colon and host and port.isascii() and port.isdigit() and int(port) < 1 << 16):
+        raise ValueError("must be HOST:PORT, such as 127.0.0.1:5080")
+    return str(value)
+
+
+def _urls(value: object) -> tuple[str, ...]:
+    if not isinstance(value, list | tuple) or not all(isinstance(each, str) and each for each in value):
+        raise ValueError("must be a list of URLs of binary caches")
+    if len(value) > MAX_LIST:
+        raise ValueError(f"must have at most {MAX_LIST} entries")
+    return tuple(value)
 
 
 class _Key(NamedTuple):
@@ -254,6 +291,14 @@ _KEYS: dict[str, _Key] = {
     "gc_age_days": _Key(int, _integer(0, 36_500, "days")),
     "gc_min_copies": _Key(int, _integer(0, 1_000, "copies")),
     "nix_store": _Key(str, _directory),
+    "trusted_public_keys": _Key(list, _list(_public_key, "public keys")),
+    "require_signatures": _Key(str, _one_of(SIGNATURE_POLICIES)),
+    "sign_keys": _Key(list, _list(_absolute_file, "absolute paths")),
+    "gateway": _Key(str, _host_port),
+    "gateway_upstreams": _Key(list, _urls),
+    "gateway_lookup_seconds": _Key(int, _integer(0, 60, "seconds")),
+    "gateway_priority": _Key(int, _integer(0, 10_000, "steps")),
+    "gateway_compression": _Key(str, _one_of(("none", "zstd"))),
     "log_level": _Key(str, _one_of(LOG_LEVELS)),
     "announce_rate": _Key(int, _integer(1 << 10, 1 << 30, "bytes per second")),
 }

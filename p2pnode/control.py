@@ -27,6 +27,7 @@ from typing import Any, Protocol
 
 import trio
 
+from p2pnode.config import SIGNATURE_POLICIES
 from p2pnode.errors import ConfigError, StoreError, UsageError
 from p2pnode.failures import describe
 from p2pnode.link import MAX_PEERS
@@ -36,6 +37,7 @@ log = logging.getLogger(__name__)
 
 MAX_REQUEST = 256 << 10  # bytes; a link of 32 KiB and a few paths of 4 KiB fit even when every character is escaped
 MAX_CLIENTS = 64
+MAX_KEYS = 64
 REQUEST_TIMEOUT = 10.0  # s for a client to send its request after it connected
 PROGRESS_INTERVAL = 0.25  # s
 ACCEPT_PAUSE = 0.5  # s, when the process is out of file descriptors
@@ -52,8 +54,10 @@ class NodeAPI(Protocol):
     Errors are `NodeError`s. Every method may be cancelled. `report` may be called from any thread.
     """
 
-    async def provide(self, path: str, *, kind: str | None, name: str | None, report: Report) -> Result:
-        """Import `path` and serve it from now on.
+    async def provide(
+        self, path: str, *, kind: str | None, name: str | None, report: Report, sign_keys: Sequence[str] = ()
+    ) -> Result:
+        """Import `path` and serve it from now on; `sign_keys`: files of keys to sign store paths with.
 
         {"image", "link", "kind", "name", "bytes", "new_bytes", "chunks", "seconds"}, as soon as it is being served.
         """
@@ -68,12 +72,20 @@ class NodeAPI(Protocol):
         timeout: float,
         peers: Sequence[str],
         report: Report,
+        into_store: bool = False,
+        add_root: str | None = None,
+        to_cache: str | None = None,
+        require_signatures: str | None = None,
+        trusted_keys: Sequence[str] = (),
     ) -> Result:
         """Get an image by link or id, asking `peers` (multiaddresses) too; give up after `timeout` s of no progress.
 
+        It goes to `out`, into the Nix store, kept by the link `add_root`, or to the binary cache `to_cache`.
+
         {"image", "path", "bytes", "received_bytes", "duplicate_bytes", "from": {peer: bytes}, "banned": [peer],
         "relayed_bytes", "connections": {peer: {"path": "direct" or "relayed", "direct_after": seconds or None}},
-        "seconds"}
+        "seconds"}; with `into_store` also "store": {"added", "present", "root"}, with `to_cache` "cache": {"added",
+        "present", "path"}, counting store paths.
         """
 
     async def images(self) -> list[Result]:
@@ -93,6 +105,11 @@ class NodeAPI(Protocol):
 
     async def peers(self) -> list[Result]:
         """{"peer", "addr", "direction", "seconds", "rtt" s or null, "received_bytes", "sent_bytes"} per peer."""
+
+    async def doctor(self, target: str | None, report: Report) -> Result:
+        """Look at this node, a peer or an image: {"target", "ok", "exit_code", "seconds", "steps": [{"step", "mark":
+        "ok", "warn" or "FAIL", "ms", "text", "peer", "facts"}], "causes": [{"code", "problem", "text", "advice",
+        "peer"}]}."""
 
 
 async def serve(path: Path, node: NodeAPI, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
@@ -284,6 +301,11 @@ def _is_peers(value: Any) -> bool:
     return isinstance(value, list) and len(value) <= MAX_PEERS and all(map(_is_text, value))
 
 
+def _are_texts(value: Any) -> bool:
+    return isinstance(value, list) and len(value) <= MAX_KEYS and all(map(_is_text, value))
+
+
+_PATH = _Arg("an absolute path or null", lambda value: value is None or _is_path(value), None)
 _SPEC = _Arg("an image id, link or name", _is_text)
 _NAME = _Arg("a text or null", lambda value: value is None or _is_text(value), None)
 _FLAG = _Arg("true or false", lambda value: isinstance(value, bool), False)
@@ -296,7 +318,7 @@ class _Operation:
 
 
 async def _provide(node: NodeAPI, args: dict[str, Any], report: Report) -> list[Result]:
-    return [await node.provide(args["path"], kind=args["kind"], name=args["name"], report=report)]
+    return [await node.provide(**args, report=report)]
 
 
 async def _fetch(node: NodeAPI, args: dict[str, Any], report: Report) -> list[Result]:
@@ -327,13 +349,38 @@ async def _peers(node: NodeAPI, args: dict[str, Any], report: Report) -> list[Re
     return await node.peers()
 
 
+async def _doctor(node: NodeAPI, args: dict[str, Any], report: Report) -> list[Result]:
+    return [await node.doctor(args["target"], report)]
+
+
 _OPERATIONS: dict[str, _Operation] = {
-    "provide": _Operation(_provide, {"path": _Arg("an absolute path", _is_path), "kind": _NAME, "name": _NAME}),
+    "provide": _Operation(
+        _provide,
+        {
+            "path": _Arg("an absolute path", _is_path),
+            "kind": _NAME,
+            "name": _NAME,
+            "sign_keys": _Arg(
+                f"a list of at most {MAX_KEYS} absolute paths",
+                lambda value: _are_texts(value) and all(map(_is_path, value)),
+                [],
+            ),
+        },
+    ),
     "fetch": _Operation(
         _fetch,
         {
             "spec": _SPEC,
-            "out": _Arg("an absolute path or null", lambda value: value is None or _is_path(value), None),
+            "out": _PATH,
+            "into_store": _FLAG,
+            "add_root": _PATH,
+            "to_cache": _PATH,
+            "require_signatures": _Arg(
+                f"one of {', '.join(SIGNATURE_POLICIES)}, or null",
+                lambda value: value is None or value in SIGNATURE_POLICIES,
+                None,
+            ),
+            "trusted_keys": _Arg(f"a list of at most {MAX_KEYS} public keys", _are_texts, []),
             "force": _FLAG,
             "keep_chunks": _FLAG,
             "timeout": _Arg(
@@ -352,4 +399,5 @@ _OPERATIONS: dict[str, _Operation] = {
     "rm": _Operation(_remove, {"spec": _SPEC}),
     "status": _Operation(_status, {}),
     "peers": _Operation(_peers, {}),
+    "doctor": _Operation(_doctor, {"target": _NAME}),
 }

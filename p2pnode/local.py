@@ -6,6 +6,7 @@ Blocking: embedded commands call these directly, the node calls them in worker t
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -107,12 +108,26 @@ def find(store: Store, spec: str) -> ImageRecord:
     raise NotFound(f"no image {spec!r} is here; `p2pnode images` lists those that are")
 
 
-def provide(store: Store, config: Config, path: str, *, kind: str | None, name: str | None, report: Report) -> Result:
+def provide(
+    store: Store,
+    config: Config,
+    path: str,
+    *,
+    kind: str | None,
+    name: str | None,
+    report: Report,
+    sign_keys: Sequence[str] = (),
+) -> Result:
     """Import `path` without serving it: the result of `provide`, its link naming no peers."""
+    import trio
+
     from p2pnode.images.importer import import_path
+    from p2pnode.images.paths import keep_claims
+    from p2pnode.nix.registered import read_secret_keys
     from protocols.manifest import FASTCDC, Chunking, Kind
 
     began = time.monotonic()
+    keys = read_secret_keys([*config.sign_keys, *sign_keys])
     imported = import_path(
         store,
         Path(path),
@@ -122,6 +137,7 @@ def provide(store: Store, config: Config, path: str, *, kind: str | None, name: 
         nix_store=config.nix_store,
         progress=report,
     )
+    trio.run(keep_claims, store, imported.image, config.nix_store, keys)
     return provided(imported, link.format(imported.image.id, (), imported.name), time.monotonic() - began)
 
 

@@ -12,8 +12,9 @@ from __future__ import annotations
 import gc
 import logging
 import time
-from collections.abc import AsyncIterator, Iterable, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Callable, Iterable, Sequence
+from contextlib import asynccontextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,21 +23,29 @@ import trio
 from p2pnode import __version__, home, link, local
 from p2pnode.config import Config
 from p2pnode.errors import RemoteError, UsageError
+from p2pnode.gateway.peers import NarinfoServer
+from p2pnode.gateway.records import PathRecords, hash_parts
 from p2pnode.images.importer import import_path
+from p2pnode.images.paths import keep_claims
 from p2pnode.net import addresses
 from p2pnode.net.addressbook import AddressBook
 from p2pnode.net.identity import Identity
 from p2pnode.net.transport import Provider, Router
+from p2pnode.nix import trust_policy
+from p2pnode.nix.registered import read_secret_keys
 from p2pnode.progress import Report
 from p2pnode.store import Store
+from p2pnode.swarm.delivery import IntoStore, ToCache
 from p2pnode.swarm.exchange import Exchange
 from p2pnode.swarm.fetcher import Fetched, Fetcher, FetchOptions
 from p2pnode.swarm.holdings import chunk_key
 from p2pnode.threads import in_thread
 from protocols.cid import CID, Codec
-from protocols.manifest import FASTCDC, Chunking, Image, Kind
+from protocols.manifest import FASTCDC, Chunking, Image, ImageObject, Kind
+from protocols.narinfo import nar_key, provider_key
 
 if TYPE_CHECKING:
+    from p2pnode.gateway.gateway import Gateway
     from p2pnode.net.dht import DHTRouter
     from p2pnode.net.network import Network
 
@@ -48,6 +57,7 @@ BOOTSTRAP_RETRY_MAX = 20.0  # a node that is alone notices within 30 s that it n
 BOOTSTRAP_WAIT = 10.0  # the longest a search waits for the first connections
 GOODBYE_SECONDS = 2.5
 MAX_PROVIDERS = 32  # of one key that are joined
+SURVEY_INTERVAL = 300.0  # s between looks at which store paths that are served from the Nix store are still there
 
 
 class Node:
@@ -60,6 +70,8 @@ class Node:
         self._router = router
         self._exchange = exchange
         self._fetcher = Fetcher(store, exchange, self._discover, self._announce)
+        self._records = PathRecords(store)
+        self._gateway: Gateway | None = None
         self._running: dict[CID, trio.Lock] = {}
         self._started = time.time()
         self._untried = set(config.bootstrap)
@@ -97,16 +109,23 @@ class Node:
             trio.open_nursery() as nursery,
         ):
             router = router_class(network, config_class(rate=config.announce_rate))
-            exchange = Exchange(network, store, lambda root, keys: _find(router, book, root, keys), agent=AGENT)
+            known = await trio.to_thread.run_sync(trust_policy.known_keys, config.trusted_public_keys)
+            finder = partial(_find, router, book)
+            exchange = Exchange(network, store, finder, agent=AGENT, keys=known)
             node = cls(config, store, network, router, exchange)
+            NarinfoServer(network, node._records)
             await nursery.start(exchange.run)
             await nursery.start(router.run)
+            token = trio.lowlevel.current_trio_token()
+            store.on_lost(lambda digests: _soon(token, node._withdraw_lost, list(digests)))
             network.on_change(node._moved)
             network.on_addrs(router.moved)
             nursery.start_soon(node._bootstrap)
             if config.mdns:
                 nursery.start_soon(node._mdns, book)
-            nursery.start_soon(node._announce_all)
+            nursery.start_soon(node._keep_promises)
+            if config.gateway:
+                await nursery.start(node._serve_nix)
             try:
                 yield node
             finally:
@@ -114,6 +133,56 @@ class Node:
                     await exchange.close()
                     await router.close()
                 nursery.cancel_scope.cancel()
+
+    async def _serve_nix(self, task_status: trio.TaskStatus[None]) -> None:
+        """Run the binary cache gateway. Raises NotListening, ConfigError."""
+        from p2pnode.gateway.gateway import Gateway, Services, Settings  # httpx takes 0.1 s to import
+
+        config = self._config
+        host, _, port = config.gateway.rpartition(":")
+        settings = Settings(
+            host.strip("[]"),
+            int(port),
+            upstreams=config.gateway_upstreams,
+            lookup_seconds=config.gateway_lookup_seconds,
+            priority=config.gateway_priority,
+            zstd=config.gateway_compression == "zstd",
+        )
+        services = Services(
+            self._network,
+            self._router,
+            self._store,
+            self._exchange,
+            self._fetcher,
+            self._records,
+            self._discover,
+            self._announce,
+            self._fetching,
+            self._connected_once,
+            self._network.address_book,
+        )
+        # What Nix takes from us goes into its store, so what it would believe counts here.
+        trust = await trio.to_thread.run_sync(
+            partial(trust_policy.of_fetch, config.require_signatures, config.trusted_public_keys, (), into_store=True)
+        )
+        async with Gateway.open(settings, services, trust, config.home / "store" / "spool") as self._gateway:
+            task_status.started()
+            await trio.sleep_forever()
+
+    def gateway_urls(self) -> list[str]:
+        """Where Nix finds the binary cache of this node."""
+        return [] if self._gateway is None else [f"http://{address}" for address in self._gateway.addresses]
+
+    @asynccontextmanager
+    async def _fetching(self, root: CID) -> AsyncIterator[None]:
+        """Held by whoever fetches an image: there is one download of it at a time."""
+        lock = self._running.setdefault(root, trio.Lock())
+        try:
+            async with lock:
+                yield
+        finally:
+            if not lock.locked() and self._running.get(root) is lock:
+                del self._running[root]
 
     @property
     def peer_id(self) -> str:
@@ -182,10 +251,14 @@ class Node:
         except RemoteError as exc:
             log.info("a neighbour cannot be reached: %s", exc)
 
-    async def _discover(self, root: CID) -> int:
-        """Find and join whoever is recorded to have an image."""
+    async def _connected_once(self) -> None:
+        """Until there has been time to connect to somebody."""
         with trio.move_on_after(BOOTSTRAP_WAIT):
             await self._bootstrapped.wait()
+
+    async def _discover(self, root: CID) -> int:
+        """Find and join whoever is recorded to have an image."""
+        await self._connected_once()
         found = await _find(self._router, self._network.address_book, root, ())
         await self._join_all((peer, ()) for peer in found)
         return len(found)
@@ -203,8 +276,39 @@ class Node:
 
     # Announcing
 
+    async def _keep_promises(self) -> None:
+        """Announce what the store held before this start, and take back what Nix collects as garbage from then on."""
+        await trio.to_thread.run_sync(self._store.forget_vanished)
+        await self._announce_all()
+        while True:
+            await trio.sleep(SURVEY_INTERVAL)
+            await self._survey()
+
+    async def _survey(self) -> None:
+        """Drop what points into store paths that are gone, and tell the swarm which images are not whole any more."""
+        if not await trio.to_thread.run_sync(self._store.forget_vanished):
+            return
+        broken: list[Image] = []
+        whole: set[bytes] = set()
+        for record in await trio.to_thread.run_sync(self._store.images):
+            image = await trio.to_thread.run_sync(self._store.image, record.id)
+            if image is None or record.id in self._running:
+                continue
+            if record.held_chunks == record.chunks:
+                whole.update(_nar_keys(image))
+                continue
+            broken.append(image)
+            if record.held_chunks == 0:
+                self._router.withdraw([record.id.to_bytes()])
+        for image in broken:
+            self._router.withdraw([key for key in _nar_keys(image) if key not in whole])
+            await self._exchange.tell(image.id)
+
+    def _withdraw_lost(self, digests: list[bytes]) -> None:
+        """The store has lost chunks, to Nix's garbage collector or because somebody changed an original."""
+        self._router.withdraw([chunk_key(digest) for digest in digests])
+
     async def _announce_all(self) -> None:
-        """Announce what the store held before this start."""
         for record in await trio.to_thread.run_sync(self._store.images):
             image = await trio.to_thread.run_sync(self._store.image, record.id)
             if image is not None:
@@ -218,16 +322,21 @@ class Node:
         digests = list(image.chunks)
         held = await trio.to_thread.run_sync(self._store.held, digests)
         keys = [image.id.to_bytes()]
-        if all(held):
-            keys += [_nar_key(obj.nar_hash) for obj in image.objects if obj.nar_hash is not None]
-        keys += [chunk_key(digest) for digest, here in zip(digests, held, strict=True) if here]
+        await trio.to_thread.run_sync(self._records.learn, image)
+        here = {digest for digest, is_here in zip(digests, held, strict=True) if is_here}
+        # Of an image that is here in part, such as a closure of which Nix wanted some paths, the whole objects.
+        keys += _nar_keys(image, lambda obj: here.issuperset(obj.layout.digests))
+        keys += map(chunk_key, here)
         self._router.provide(keys)
 
     # Operations
 
-    async def provide(self, path: str, *, kind: str | None, name: str | None, report: Report) -> dict[str, Any]:
+    async def provide(
+        self, path: str, *, kind: str | None, name: str | None, report: Report, sign_keys: Sequence[str] = ()
+    ) -> dict[str, Any]:
         """Import a path and serve it. See DESIGN 6 for the result."""
         began = time.monotonic()
+        keys = await trio.to_thread.run_sync(read_secret_keys, [*self._config.sign_keys, *sign_keys])
         imported = await in_thread(
             lambda cancelled, progress: import_path(
                 self._store,
@@ -242,6 +351,7 @@ class Node:
             report,
         )
         image = imported.image
+        await keep_claims(self._store, image, self._config.nix_store, keys)
         self._exchange.here([chunk_key(digest) for digest in image.chunks])
         await self._exchange.tell(image.id)
         await self._announce_held(image)
@@ -260,14 +370,38 @@ class Node:
         report: Report,
         timeout: float = 60.0,
         peers: Sequence[str] = (),
+        into_store: bool = False,
+        add_root: str | None = None,
+        to_cache: str | None = None,
+        require_signatures: str | None = None,
+        trusted_keys: Sequence[str] = (),
     ) -> dict[str, Any]:
-        """Fetch an image id or link. See DESIGN 6 for the result."""
+        """Fetch an image id or link. See DESIGN 6 for the result.
+
+        It goes to `out`, into the Nix store (`add_root`: a link that keeps it there) or into the binary cache
+        `to_cache`; `require_signatures` and `trusted_keys` go before what is configured.
+        """
         wanted = link.parse(spec)
+        if (out is not None) + into_store + (to_cache is not None) > 1 or (add_root is not None and not into_store):
+            raise UsageError("an image goes to one place: a path, the Nix store (which may have a root), or a cache")
+        to: IntoStore | ToCache | None = None
+        if into_store:
+            to = IntoStore(self._config.nix_store, None if add_root is None else Path(add_root), keep_chunks)
+        elif to_cache is not None:
+            keys = await trio.to_thread.run_sync(read_secret_keys, self._config.sign_keys)
+            to = ToCache(Path(to_cache), tuple(keys))
+        policy = require_signatures or self._config.require_signatures
+        ours = self._config.trusted_public_keys
+        trust = await trio.to_thread.run_sync(
+            partial(trust_policy.of_fetch, policy, ours, trusted_keys, into_store=into_store)
+        )
         lock = self._running.setdefault(wanted.image, trio.Lock())
         try:
             async with lock, trio.open_nursery() as nursery:
                 nursery.start_soon(self._join_all, _by_peer([*wanted.peers, *peers]))
-                options = FetchOptions(None if out is None else Path(out), force, keep_chunks, wanted.name, timeout)
+                options = FetchOptions(
+                    None if out is None else Path(out), force, keep_chunks, wanted.name, timeout, to, trust
+                )
                 fetched = await self._fetcher.fetch(wanted.image, options, report)
                 nursery.cancel_scope.cancel()
         finally:
@@ -286,6 +420,7 @@ class Node:
             "relayed_bytes": sum(fetched.relayed.values()),
             "connections": _paths(fetched),
             "seconds": round(fetched.seconds, 3),
+            **fetched.delivered,
         }
 
     async def images(self) -> list[dict[str, Any]]:
@@ -304,8 +439,7 @@ class Node:
                 raise UsageError(f"image {record.id} is being fetched; stop that first")
             image = await trio.to_thread.run_sync(self._store.image, record.id)
             if image is not None:
-                nar_keys = [_nar_key(obj.nar_hash) for obj in image.objects if obj.nar_hash is not None]
-                self._router.withdraw([record.id.to_bytes(), *nar_keys])
+                self._router.withdraw([record.id.to_bytes(), *_nar_keys(image)])
             self._exchange.forget(record.id)
         result, gone = await trio.to_thread.run_sync(local.remove, self._store, spec)
         self._router.withdraw([CID(Codec.RAW, digest).to_bytes() for digest in gone])
@@ -331,6 +465,15 @@ class Node:
                 name: getattr(dht, name) for name in dht.__slots__ if isinstance(getattr(dht, name), int | str | None)
             },
         }
+
+    async def doctor(self, target: str | None, report: Report) -> dict[str, Any]:
+        """Why something is slow or not found: `p2pnode.diagnosis.examine`, as JSON has it."""
+        from p2pnode.diagnosis import Scene, examine  # here: it needs all of the network
+
+        with trio.move_on_after(BOOTSTRAP_WAIT):  # a node that lives for this question only has just been started
+            await self._bootstrapped.wait()
+        scene = Scene(self._config, self._store, self._network, self._router, self._exchange)
+        return (await examine(scene, target, report)).to_dict()
 
     async def peers(self) -> list[dict[str, Any]]:
         rows = []
@@ -399,9 +542,17 @@ def _paths(fetched: Fetched) -> dict[str, dict[str, Any]]:
     return paths
 
 
-def _nar_key(nar_hash: bytes) -> bytes:
-    """The provider-record key of a NAR, found by anybody who has only its signed narinfo."""
-    return b"nar" + nar_hash
+def _soon(token: trio.lowlevel.TrioToken, call: Callable[[list[bytes]], None], digests: list[bytes]) -> None:
+    """Call in the node's own thread, as a store that is being closed may find losses when that has ended."""
+    with suppress(trio.RunFinishedError):
+        token.run_sync_soon(call, digests)
+
+
+def _nar_keys(image: Image, of: Callable[[ImageObject], bool] = lambda obj: True) -> list[bytes]:
+    """What the objects of an image are found by: NAR hashes, and hash parts of store paths."""
+    keys = [nar_key(obj.nar_hash) for obj in image.objects if obj.nar_hash is not None and of(obj)]
+    parts = zip(hash_parts(image), image.objects, strict=False)
+    return keys + [provider_key(part) for part, obj in parts if of(obj)]
 
 
 async def _find(router: Router, book: AddressBook, root: CID, keys: Sequence[bytes]) -> dict[str, list[bytes]]:

@@ -33,7 +33,10 @@ class Outcome(enum.Enum):
     """What came of a dial."""
 
     REACHED = "reached"
-    UNREACHABLE = "unreachable"
+    SILENT = "silent"  # nothing came back: dropped on the way
+    CLOSED = "closed"  # a RST came back: nothing listens where this port leads
+    STRANGER = "stranger"  # somebody else listens there
+    UNREACHABLE = "unreachable"  # the dialler's network knows no way there
     REFUSED = "refused"  # not tried: too many requests, or an address this node does not dial
 
 

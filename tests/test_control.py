@@ -31,7 +31,9 @@ class SmallNode:
         self.fetching = trio.Event()
         self.cancelled = trio.Event()
 
-    async def provide(self, path: str, *, kind: str | None, name: str | None, report: Report) -> dict[str, Any]:
+    async def provide(
+        self, path: str, *, kind: str | None, name: str | None, report: Report, sign_keys: Sequence[str] = ()
+    ) -> dict[str, Any]:
         report(Progress("reading", 1, 2, note="half"))
         await self.reported.wait()
         self.rows[path] = {"image": path, "kind": kind, "name": name}
@@ -47,6 +49,11 @@ class SmallNode:
         timeout: float,
         peers: Sequence[str],
         report: Report,
+        into_store: bool = False,
+        add_root: str | None = None,
+        to_cache: str | None = None,
+        require_signatures: str | None = None,
+        trusted_keys: Sequence[str] = (),
     ) -> dict[str, Any]:
         self.fetching.set()
         try:
@@ -78,6 +85,9 @@ class SmallNode:
 
     async def peers(self) -> list[dict[str, Any]]:
         return []
+
+    async def doctor(self, target: str | None, report: Report) -> dict[str, Any]:
+        return {"target": target or "self"}
 
 
 @asynccontextmanager

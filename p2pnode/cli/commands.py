@@ -13,6 +13,7 @@ import click
 from p2pnode import __version__
 from p2pnode.cli import interrupts
 from p2pnode.cli.app import EXIT_BROKEN_PIPE, App, OutputClosed
+from p2pnode.cli.doctor import doctor
 from p2pnode.cli.fetch import fetch
 from p2pnode.cli.images import images
 from p2pnode.cli.peers import peers
@@ -54,7 +55,7 @@ def cli(app: App, home: str | None, as_json: bool, log_level: str | None, quiet:
     app.log_level = log_level
 
 
-for command in (run, provide, fetch, images, show, verify, rm, status, peers):
+for command in (run, provide, fetch, images, show, verify, rm, status, peers, doctor):
     cli.add_command(command)
 
 

@@ -9,6 +9,7 @@ import click
 from p2pnode import link
 from p2pnode.cli import display, options, text
 from p2pnode.cli.app import App, absolute, own_port, pass_app
+from p2pnode.config import SIGNATURE_POLICIES
 from p2pnode.errors import OutputExists, UsageError
 from p2pnode.net import addresses
 
@@ -16,6 +17,18 @@ from p2pnode.net import addresses
 @click.command(short_help="Get an image, verified, from whoever has it.")
 @click.argument("image", metavar="IMAGE|LINK")
 @click.option("-o", "--out", metavar="OUT", help="Where to put it; without, it is only kept in the store.")
+@click.option("--into-store", is_flag=True, help="Put the store paths into the Nix store; those valid there are kept.")
+@click.option("--add-root", metavar="LINK", help="With --into-store: make LINK a root for the garbage collector.")
+@click.option("--to-cache", metavar="DIR", help="Put the store paths into a binary cache that any Nix can read.")
+@click.option(
+    "--require-signatures",
+    type=click.Choice(SIGNATURE_POLICIES),
+    help="Whether store paths must be signed by a trusted key, or proved by their content address. By default into the "
+    "Nix store if Nix requires it, elsewhere if p2pnode has a key of its own (trusted_public_keys, --trusted-key).",
+)
+@click.option(
+    "--trusted-key", "trusted_keys", metavar="NAME:BASE64", multiple=True, help="Trust this public key as well."
+)
 @click.option("--force", is_flag=True, help="Replace OUT if it exists.")
 @click.option("--keep-chunks", is_flag=True, help="Keep the store's own copy beside OUT.")
 @click.option(
@@ -35,6 +48,11 @@ def fetch(
     app: App,
     image: str,
     out: str | None,
+    into_store: bool,
+    add_root: str | None,
+    to_cache: str | None,
+    require_signatures: str | None,
+    trusted_keys: tuple[str, ...],
     force: bool,
     keep_chunks: bool,
     timeout: float,
@@ -51,6 +69,7 @@ def fetch(
     \b
     Examples:
       p2pnode fetch 'p2pnode:bafyr...?peer=/ip4/192.0.2.7/tcp/4747/p2p/12D3KooW...' -o disk.img
+      p2pnode fetch 'p2pnode:bafyr...' --into-store --add-root ./result
       p2pnode fetch bafyr... --peer /ip4/192.0.2.7/tcp/4747/p2p/12D3KooW...
     """
     config = app.load(listen=listen, bootstrap=bootstrap, mdns=False if no_mdns else None)
@@ -61,6 +80,10 @@ def fetch(
             raise UsageError(f"the peer address {peer!r} does not end in /p2p/<peer id>")
     if len(peers) > link.MAX_PEERS:
         raise UsageError(f"--peer can be given at most {link.MAX_PEERS} times")
+    if sum((out is not None, into_store, to_cache is not None)) > 1:
+        raise UsageError("give one of -o, --into-store and --to-cache")
+    if add_root is not None and not into_store:
+        raise UsageError("--add-root keeps what --into-store puts there; give that too")
     target = None if out is None else absolute(out)
     if target is not None and not force:
         check_absent(target)
@@ -70,6 +93,11 @@ def fetch(
         "keep_chunks": keep_chunks,
         "timeout": timeout,
         "peers": list(peers),
+        "into_store": into_store,
+        "add_root": None if add_root is None else absolute(add_root),
+        "to_cache": None if to_cache is None else absolute(to_cache),
+        "require_signatures": require_signatures,
+        "trusted_keys": list(trusted_keys),
     }
     daemon = app.daemon(config, listen=listen, bootstrap=bootstrap)
     with display.progress(app.quiet) as report:
@@ -106,5 +134,9 @@ def _human(result: dict[str, Any]) -> str:
     lines += [
         f"  {text.size(count)} from {peer}" for peer, count in sorted(result["from"].items(), key=lambda item: -item[1])
     ]
+    for place, name in (("store", "the Nix store"), ("cache", "the cache")):
+        if place in result:
+            said = result[place]
+            lines.append(f"  {said['added']} paths added to {name}, {said['present']} were there")
     lines += [f"  banned for sending bad data: {peer}" for peer in result["banned"]]
     return "\n".join("  " * line.startswith("  ") + text.safe(line) for line in lines)

@@ -25,6 +25,13 @@ KINDS = ("file", "directory", "store-path", "closure")
 @click.option("--name", help="A name for the image, by default the path's last part. For one PATH only.")
 @click.option("--no-serve", is_flag=True, help="Only take it into the catalog; do not serve it now.")
 @click.option("--nix-store", metavar="DIR", help="Root of a chroot store: the paths lie in DIR/nix/store.")
+@click.option(
+    "--sign-key",
+    "sign_keys",
+    metavar="FILE",
+    multiple=True,
+    help="Sign every store path with this secret key, as nix-store --generate-binary-cache-key makes them.",
+)
 @options.network
 @pass_app
 def provide(
@@ -34,6 +41,7 @@ def provide(
     name: str | None,
     no_serve: bool,
     nix_store: str | None,
+    sign_keys: tuple[str, ...],
     listen: tuple[str, ...],
     bootstrap: tuple[str, ...],
     no_mdns: bool,
@@ -47,6 +55,7 @@ def provide(
     Examples:
       p2pnode provide disk.img
       p2pnode provide --kind closure /nix/store/...-nixos-system-web
+      p2pnode provide --sign-key /etc/nix/secret-key /nix/store/...-nixos-system-web
       p2pnode --json provide --no-serve disk.img | jq -r .link
     """
     if name is not None and len(paths) > 1:
@@ -55,6 +64,7 @@ def provide(
         listen=listen, bootstrap=bootstrap, mdns=False if no_mdns else None, nix_store=nix_store and absolute(nix_store)
     )
     full_paths = [absolute(path) for path in paths]
+    key_files = [absolute(path) for path in sign_keys]
     daemon = app.daemon(config, listen=listen, bootstrap=bootstrap, nix_store=nix_store)
     if daemon is None and config.nix_store is None:  # at once, before a node starts; a daemon looks for itself
         for path in full_paths:
@@ -62,7 +72,7 @@ def provide(
                 raise PathError(f"{path} does not exist")
     if daemon is not None:
         for path in full_paths:
-            args = {"path": path, "kind": kind, "name": name}
+            args = {"path": path, "kind": kind, "name": name, "sign_keys": key_files}
             connection = daemon if path is full_paths[0] else app.daemon(config)  # a connection carries one request
             if connection is None:
                 raise StreamClosed(f"the daemon ended before {path} was provided; start it and provide that again")
@@ -71,18 +81,20 @@ def provide(
             for result in results:
                 app.emit(result, _human)
     elif no_serve:
-        for result in _import_only(app, config, full_paths, kind, name):
+        for result in _import_only(app, config, full_paths, kind, name, key_files):
             app.emit(result, _human)
     else:
-        app.run_node(own_port(config), lambda node: _serve(app, node, full_paths, kind, name), serving=True)
+        app.run_node(own_port(config), lambda node: _serve(app, node, full_paths, kind, name, key_files), serving=True)
 
 
-async def _serve(app: App, node: Node, paths: list[str], kind: str | None, name: str | None) -> None:
+async def _serve(
+    app: App, node: Node, paths: list[str], kind: str | None, name: str | None, sign_keys: list[str]
+) -> None:
     import trio
 
     for path in paths:
         with display.progress(app.quiet) as report:
-            result = await node.provide(path, kind=kind, name=name, report=report)
+            result = await node.provide(path, kind=kind, name=name, report=report, sign_keys=sign_keys)
         app.emit(result, _human)
     if not (app.as_json or app.quiet):
         click.echo("serving until Ctrl-C", err=True)
@@ -90,7 +102,7 @@ async def _serve(app: App, node: Node, paths: list[str], kind: str | None, name:
 
 
 def _import_only(
-    app: App, config: Config, paths: list[str], kind: str | None, name: str | None
+    app: App, config: Config, paths: list[str], kind: str | None, name: str | None, sign_keys: list[str]
 ) -> Iterator[dict[str, Any]]:
     """Results of importing `paths` with no network at all; the links name no peers."""
     from p2pnode import local
@@ -101,7 +113,7 @@ def _import_only(
     with lock(config.home), Store.open(config.home) as store:
         for path in paths:
             with display.progress(app.quiet) as report:
-                result = local.provide(store, config, path, kind=kind, name=name, report=report)
+                result = local.provide(store, config, path, kind=kind, name=name, report=report, sign_keys=sign_keys)
             yield result
 
 

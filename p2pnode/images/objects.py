@@ -77,8 +77,10 @@ class ImportRun:
 
         `registered`: the NAR hash that a Nix store has for the path, which stands for its contents there.
         """
-        fingerprint = tree_fingerprint(path) if registered is None else b"registered:" + registered
-        key = self._key(path, fingerprint)
+        if registered is None:
+            key = self._key(path, tree_fingerprint(path))
+        else:
+            key = ImportKey.registered(path, self.chunking, registered)
         known = self._recall(key, SourceKind.NAR, name)
         if known is not None:
             return known
@@ -103,7 +105,7 @@ class ImportRun:
             raise PathError(f"{path} changed while it was being read; try again when nothing writes to it")
         obj = ImageObject(name, chunked.layout.size, chunked.layout, nar_hash=chunked.digest)
         if registered is None or chunked.digest == registered:
-            self._remember(self._key(path, fingerprint if registered is not None else map.fingerprint), obj, map)
+            self._remember(key if registered is not None else self._key(path, map.fingerprint), obj, map)
         return obj
 
     def _key(self, path: Path, fingerprint: bytes) -> ImportKey:

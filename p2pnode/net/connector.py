@@ -56,6 +56,10 @@ class Upgrader:
         """As responder."""
         return await self._finish(await self._security.secure_inbound(raw), expected, "inbound")
 
+    async def authenticate(self, raw: Any) -> str:
+        """Who answers, and nothing more: no connection comes of it."""
+        return str((await self._security.secure_outbound(raw, None)).get_remote_peer())
+
     @property
     def _security(self) -> Any:
         return self._swarm.upgrader.security_multistream
@@ -186,6 +190,10 @@ class Connector:
         if len(self._connections.of(peer)) > 1:  # only now do we know that it is somebody we had already
             await conn.close()
         return peer
+
+    def candidates(self, peer: str, addrs: Sequence[str] = ()) -> list[Address]:
+        """What `connect` would dial, in that order: direct addresses, then circuits."""
+        return self._candidates(peer, addrs)
 
     def improve(self, peer: str, addrs: Sequence[str] = ()) -> None:
         """Look for a direct connection to a peer that has a relayed one, in the background and not too often."""

@@ -135,6 +135,10 @@ class DHTRouter:
         found = findings.result()
         return {key: [Provider(info.peer, info.addrs) for info in infos] for key, infos in found.items()}
 
+    async def ask(self, info: PeerInfo, message: Find) -> Found:
+        """One step of a look-up, for those who watch it. Raises `RemoteError`."""
+        return await self._find_at(info, message, None)
+
     def add_peer(self, peer: str) -> None:
         """`peer` is connected: greet it, and know it from then on if it speaks our protocol."""
         if peer != self._me and peer not in self.table:

@@ -58,6 +58,8 @@ VERSION = "0.8.1"
 MAX_CONNECTIONS = 1000
 MAX_INBOUND = 800  # the rest is for our own dials: a flood must not take the power to dial away
 MAX_INBOUND_PER_ADDRESS = 400  # of an IPv4 address or IPv6 /64: many nodes may be behind one NAT, not most of them
+CROWDED_PER_ADDRESS = 64  # once half of all places are taken: the other half is for those who are not there yet
+CROWDED_PER_NETWORK = 256
 MAX_HANDSHAKES = 256  # that are not finished; then the oldest of the address that has the most gives way to a new one
 HANDSHAKE_TIMEOUT = 5.0  # s, inbound: security and multiplexer; how long a silent stranger can hold a slot
 CLOSE_TIMEOUT = 0.5  # s that a connection gets to say goodbye
@@ -195,19 +197,27 @@ class Admission:
 
     def __init__(self) -> None:
         self._connections: Counter[str] = Counter()
+        self._networks: Counter[str] = Counter()
         self._handshakes: dict[trio.CancelScope, str] = {}  # oldest first
 
     def enter(self, source: str) -> bool:
         """Take a place; false when `source` has too many already."""
+        network = _network(source)
         if self._connections[source] >= MAX_INBOUND_PER_ADDRESS:
             return False
+        if self._connections.total() >= MAX_INBOUND // 2 and (
+            self._connections[source] >= CROWDED_PER_ADDRESS or self._networks[network] >= CROWDED_PER_NETWORK
+        ):
+            return False
         self._connections[source] += 1
+        self._networks[network] += 1
         return True
 
     def leave(self, source: str) -> None:
-        self._connections[source] -= 1
-        if not self._connections[source]:
-            del self._connections[source]
+        for counter, key in ((self._connections, source), (self._networks, _network(source))):
+            counter[key] -= 1
+            if not counter[key]:
+                del counter[key]
 
     @contextmanager
     def handshake(self, source: str) -> Iterator[None]:
@@ -231,6 +241,12 @@ def _source(address: tuple[str, int] | None) -> str:
         return ""
     ip = ipaddress.ip_address(address[0].split("%")[0])
     return str(ip) if ip.version == 4 else str(ipaddress.ip_network((ip, 64), strict=False))
+
+
+def _network(source: str) -> str:
+    """What counts as one site: an IPv4 /24, an IPv6 /48."""
+    site = ipaddress.ip_network(source or "0.0.0.0", strict=False)
+    return str(site.supernet(new_prefix=24 if site.version == 4 else 48))
 
 
 async def _close_connection(conn: Any) -> None:

@@ -118,6 +118,7 @@ class MemoryFabric:
         self.nursery = nursery
         self.nodes: dict[str, MemoryNetwork] = {}
         self.relayed: set[frozenset[str]] = set()
+        self.near: set[frozenset[str]] = set()
 
     def node(self, peer_id: str) -> MemoryNetwork:
         node = self.nodes[peer_id] = MemoryNetwork(self, peer_id)
@@ -215,6 +216,9 @@ class MemoryNetwork:
 
     def connections(self) -> list[Connection]:
         return [Connection(peer, f"/memory/{peer}", "out", 0.0, None) for peer in self.links]
+
+    def near(self, peer: str) -> bool:
+        return frozenset((self._peer_id, peer)) in self.fabric.near
 
     def on_connect(self, callback: Callable[[str], None]) -> None:
         self._connected.append(callback)

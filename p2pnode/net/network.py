@@ -10,6 +10,7 @@ works without the network may do so.
 
 from __future__ import annotations
 
+import ipaddress
 import logging
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
@@ -24,6 +25,7 @@ from libp2p.identity.identify.identify import _mk_identify_protobuf
 from libp2p.identity.identify_push.identify_push import ID_PUSH
 from libp2p.network.exceptions import SwarmException
 from libp2p.peer.id import ID
+from libp2p.peer.peerstore import PeerStoreError
 from libp2p.tools.anyio_service import background_trio_service
 from libp2p.transport.exceptions import OpenConnectionError
 from libp2p.utils import varint
@@ -33,7 +35,8 @@ from p2pnode.net import sockets
 from p2pnode.net.addressbook import AddressBook
 from p2pnode.net.addresses import Address, Interface, endpoints, expand, interfaces, parse, parse_listen
 from p2pnode.net.changes import Change
-from p2pnode.net.connections import Connections, Notifee
+from p2pnode.net.clock import Clock
+from p2pnode.net.connections import Connections, Notifee, is_relayed
 from p2pnode.net.connector import Connector, Place
 from p2pnode.net.hardening import LIBRARY_ERRORS, make_host, open_stream, raise_file_limit
 from p2pnode.net.identity import Identity
@@ -83,6 +86,7 @@ class Network:
             self._peer_id, self._swarm, self._book, self.connections_book, self.place, self.traversal.dial_circuit
         )
         self.traversal.attach()
+        self.clock = Clock(self)
         self._up = trio.Event()
         self._stop = trio.Event()
 
@@ -216,8 +220,25 @@ class Network:
         """Whether `peer` said in identify that it speaks `protocol`."""
         return bool(self.host.get_peerstore().supports_protocols(ID.from_string(peer), [protocol]))
 
+    def protocols(self, peer: str) -> list[str]:
+        """What `peer` said in identify that it speaks; empty before that."""
+        try:
+            return [str(each) for each in self.host.get_peerstore().get_protocols(ID.from_string(peer))]
+        except PeerStoreError:
+            return []
+
     def connections(self) -> list[Connection]:
         return self.connections_book.describe()
+
+    def near(self, peer: str) -> bool:
+        """Whether a direct connection to `peer` stays within this machine's own networks."""
+        for conn in self.connections_book.of(peer):
+            remote = None if is_relayed(conn) else conn.muxed_conn.get_remote_address()
+            if remote is not None:
+                ip = ipaddress.ip_address(remote[0].split("%")[0])
+                if ip.is_loopback or any(ip in interface.network for interface in self.interfaces()):
+                    return True
+        return False
 
     def on_connect(self, callback: Callable[[str], None]) -> None:
         """Call `callback(peer)` (synchronously, must not block) when the first connection to a peer is up."""

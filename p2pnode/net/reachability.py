@@ -23,6 +23,7 @@ from libp2p.protocol_muxer.multiselect_communicator import MultiselectCommunicat
 from libp2p.security.exceptions import HandshakeFailure
 
 from p2pnode.errors import NodeError
+from p2pnode.net import sockets
 from p2pnode.net.addresses import IP, Address, Interface, Scope, scope_of
 from p2pnode.net.connections import Connections, is_relayed
 from p2pnode.net.connector import raw_tcp
@@ -67,6 +68,7 @@ class Vote:
     port: int
     reached: bool
     stranger: bool  # whoever dialled has an IP that none of our peers has, so no NAT was waiting for it
+    outcome: Outcome = Outcome.UNREACHABLE  # in the dialler's words, which only matter where it did not reach us
 
 
 @dataclass(frozen=True, slots=True)
@@ -181,6 +183,7 @@ class Reachability:
         self._changed = changed
         self._nonces = nonces
         self.verdict = NO_VOTES
+        self.votes: Sequence[Vote] = ()  # that were last cast
         self._again = trio.Event()
         self._bucket = TokenBucket(SERVE_RATE, SERVE_BURST, 0.0)
         self._buckets: dict[str, TokenBucket] = {}
@@ -212,6 +215,10 @@ class Reachability:
                 await self._again.wait()
             await trio.sleep(SOON)
 
+    async def probe(self) -> Sequence[Vote]:
+        """Ask peers now. The votes are those of the last round when none of those asked would try so soon again."""
+        return await self._round() or self.votes
+
     def decide(self, verdict: Verdict) -> None:
         before, self.verdict = self.verdict, verdict
         if (before.state, before.addrs) != (verdict.state, verdict.addrs):
@@ -226,6 +233,8 @@ class Reachability:
             for peer, ip in self._voters():
                 for port in self._ports():
                     nursery.start_soon(self._ask, peer, ip, port, votes)
+        if votes:
+            self.votes = tuple(votes)
         return votes
 
     def _voters(self) -> list[tuple[str, IP]]:
@@ -259,7 +268,9 @@ class Reachability:
             return
         known = {self._ip_of(other) for other in self._host.connections_book.peers()}
         stranger = arrived.source is not None and arrived.source not in known
-        votes.append(Vote(peer, group_of(ip), dialled, port, arrived.source is not None, stranger))
+        reached = arrived.source is not None
+        outcome = Outcome.REACHED if reached else answer.outcome
+        votes.append(Vote(peer, group_of(ip), dialled, port, reached, stranger, outcome))
 
     async def _exchange(self, peer: str, request: reach.Message) -> reach.Result:
         stream = await self._host.open_stream(peer, reach.PROTOCOL)
@@ -362,16 +373,30 @@ def _plain(host: str) -> IP:
 
 async def dial_back(host: str, port: int, nonce: bytes) -> Outcome:
     """Connect from a port of the system's choice and hand over the nonce."""
+    outcome = Outcome.SILENT
     try:
         with trio.fail_after(DIAL_TIMEOUT):
-            async with await trio.open_tcp_stream(host, port) as stream:
+            try:
+                stream = await trio.open_tcp_stream(host, port)
+            except OSError as exc:
+                outcome = _FAILURES[sockets.failure(exc)]
+                raise
+            outcome = Outcome.STRANGER
+            async with stream:
                 raw = raw_tcp(stream, True)
                 await MultiselectClient().select_one_of([TProtocol(reach.DIALBACK)], MultiselectCommunicator(raw))
                 await raw.write(nonce)
-                return Outcome.REACHED if await raw.read(1) == reach.ACCEPTED else Outcome.UNREACHABLE
+                return Outcome.REACHED if await raw.read(1) == reach.ACCEPTED else Outcome.STRANGER
     except (*LIBRARY_ERRORS, trio.TooSlowError) as exc:
         log.debug("dialling back %s port %d: %r", host, port, exc)
-        return Outcome.UNREACHABLE
+        return outcome
+
+
+_FAILURES = {
+    sockets.Failure.REFUSED: Outcome.CLOSED,
+    sockets.Failure.SILENT: Outcome.SILENT,
+    sockets.Failure.UNREACHABLE: Outcome.UNREACHABLE,
+}
 
 
 async def _receive(stream: Stream) -> reach.Message:

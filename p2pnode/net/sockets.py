@@ -7,6 +7,7 @@ at which hole punching can reach us; go-libp2p's reuseport does the same.
 
 from __future__ import annotations
 
+import enum
 import errno
 import ipaddress
 import os
@@ -88,6 +89,30 @@ def of_connection(conn: Any) -> trio.socket.SocketType | None:
     for name in ("conn", "stream", "stream", "socket"):
         layer = getattr(layer, name, None)
     return layer if isinstance(layer, trio.socket.SocketType) and layer.fileno() >= 0 else None
+
+
+class Failure(enum.Enum):
+    """How a dial failed, as far as its cause can be told from it."""
+
+    REFUSED = "refused"  # a RST: nothing listens there, or something on the way says so
+    SILENT = "silent"  # no answer at all
+    UNREACHABLE = "unreachable"  # anything else: no route, not permitted
+
+
+def failure(exc: OSError) -> Failure:
+    """Which of them `connect` failed with."""
+    number = _error_number(exc)
+    if number in (errno.ECONNREFUSED, errno.ECONNRESET):
+        return Failure.REFUSED
+    return Failure.SILENT if number == errno.ETIMEDOUT else Failure.UNREACHABLE
+
+
+def _error_number(exc: BaseException | None) -> int | None:
+    while isinstance(exc, BaseExceptionGroup):
+        exc = exc.exceptions[0]
+    if exc is None or (isinstance(exc, OSError) and exc.errno is not None):
+        return exc.errno if isinstance(exc, OSError) else None
+    return _error_number(exc.__cause__)
 
 
 def reason(exc: BaseException) -> str:

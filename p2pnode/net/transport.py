@@ -91,6 +91,9 @@ class Transport(Protocol):
 
     def connections(self) -> list[Connection]: ...
 
+    def near(self, peer: str) -> bool:
+        """Whether a direct connection to `peer` stays within this machine's own networks."""
+
     def on_disconnect(self, callback: Callable[[str], None]) -> None:
         """Call `callback(peer)` (synchronously, must not block) when the last connection to a peer ends."""
 

@@ -23,7 +23,7 @@ from p2pnode.store.records import FileStamp, Location, Source, SourceKind
 from p2pnode.store.space import free_bytes, write_failure
 from protocols.cid import CID
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 COMMIT_BYTES = 8 << 20  # at most this much is fetched again after a kill -9
 COMMIT_SECONDS = 0.5
 MAX_PROBLEMS = 1000
@@ -68,6 +68,19 @@ CREATE INDEX imports_source ON imports (source);
 CREATE TABLE problems (path TEXT PRIMARY KEY, reason TEXT NOT NULL, time REAL NOT NULL) STRICT;
 """
 
+_CLAIMS = """
+CREATE TABLE claims (               -- see store/claims.py
+    path TEXT NOT NULL, nar_hash BLOB NOT NULL,
+    variant BLOB NOT NULL,          -- of the references: the first 16 bytes of their SHA-256
+    kind TEXT NOT NULL, value TEXT NOT NULL,
+    PRIMARY KEY (path, nar_hash, variant, kind, value)
+) STRICT, WITHOUT ROWID;
+CREATE INDEX claims_nar ON claims (nar_hash);
+"""
+
+_MIGRATIONS = {0: _SCHEMA, 1: _CLAIMS}
+"""What makes the next version of each, all in one transaction."""
+
 _SOURCE_COLUMNS = "s.id, s.kind, s.path, s.owned, s.dev, s.ino, s.size, s.mtime_ns, s.image"
 
 
@@ -84,6 +97,7 @@ class Catalog:
         self._deferred = 0  # bytes of chunks whose rows are not committed
         self._timer: threading.Timer | None = None
         self._more = self._fewer = False  # chunk rows were added, removed
+        self.claims_generation = 0  # counts the changes of the table `claims`
         with self._errors():
             self._db = sqlite3.connect(path, timeout=20, isolation_level=None, check_same_thread=False)
         try:
@@ -99,14 +113,14 @@ class Catalog:
         db.execute("PRAGMA synchronous = NORMAL")
         db.execute("PRAGMA cache_size = -16000")
         (version,) = db.execute("PRAGMA user_version").fetchone()
-        if version == 0:
+        if version in _MIGRATIONS:
             db.execute("BEGIN IMMEDIATE")
-            (version,) = db.execute("PRAGMA user_version").fetchone()
-            if version == 0:  # else another process has just made it
-                for statement in _SCHEMA.split(";\n"):
+            (version,) = db.execute("PRAGMA user_version").fetchone()  # another process may just have done it
+            while version in _MIGRATIONS:
+                for statement in _MIGRATIONS[version].split(";\n"):
                     db.execute(statement)
-                db.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
-                version = SCHEMA_VERSION
+                version += 1
+                db.execute(f"PRAGMA user_version = {version}")
             db.execute("COMMIT")
         if version != SCHEMA_VERSION:
             raise CatalogCorrupt(

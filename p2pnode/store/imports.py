@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import struct
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Self
 
 from protocols import dagcbor
 from protocols.errors import ProtocolError
@@ -20,6 +23,11 @@ class ImportKey:
     path: bytes
     chunking: Chunking
     fingerprint: bytes
+
+    @classmethod
+    def registered(cls, path: Path, chunking: Chunking, nar_hash: bytes) -> Self:
+        """Of a store path: the NAR hash that Nix has for it stands for its contents."""
+        return cls(os.fsencode(path), chunking, b"registered:" + nar_hash)
 
     @property
     def chunking_bytes(self) -> bytes:

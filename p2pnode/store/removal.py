@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from p2pnode.store.catalog import Catalog
+from p2pnode.store.claims import forget_unused
 from p2pnode.store.records import Source
 from protocols.cid import CID, DIGEST_SIZE
 
@@ -38,6 +39,7 @@ def remove_image(catalog: Catalog, id: CID) -> tuple[list[bytes], list[Source]]:
         key = id.to_bytes()
         db.execute("DELETE FROM images WHERE id = ?", (key,))
         db.execute("DELETE FROM nars WHERE image = ?", (key,))
+        forget_unused(catalog)
         db.execute("DELETE FROM image_blocks WHERE image = ?", (key,))
         db.execute("DELETE FROM blocks WHERE cid NOT IN (SELECT cid FROM image_blocks)")
         found = catalog.held(gone)

@@ -416,6 +416,51 @@ class Store:
         self._delete_files(obsolete)
         self._tell_lost(lost)
 
+    def adopt_store_paths(self, image: Image, trees: Mapping[int, Path], *, keep_chunks: bool) -> None:
+        """Serve objects from the store paths that have their registered NAR hash: object i from `trees[i]`.
+
+        The image's packs go, unless `keep_chunks`, or one of their chunks is nowhere else. Raises PathError.
+        """
+        maps: list[tuple[ImportKey, ImageObject, NarMap]] = []
+        for number, tree in trees.items():
+            obj = image.objects[number]
+            key = ImportKey.registered(tree, obj.layout.chunking, obj.nar_hash or b"")
+            if self.recall_object(key, SourceKind.NAR) is None and (map := NarMap.build(tree)).size == obj.size:
+                maps.append((key, obj, map))
+        obsolete: list[Source] = []
+        with self.catalog.transaction():
+            for each in maps:
+                self.remember_object(*each)
+            if not keep_chunks:
+                for source in self.catalog.sources("image = ? AND owned", image.id.to_bytes()):
+                    if all(len(self.catalog.locations(d)) > 1 for d in self.catalog.source_digests(source.id)):
+                        self.catalog.drop_source(source.id)
+                        obsolete.append(source)
+        self._delete_files(obsolete)
+
+    def forget_vanished(self) -> list[bytes]:
+        """Drop references into Nix stores whose paths are not there any more; the digests no longer held at all.
+
+        Nix collects garbage without asking, and nobody should be promised what it took. (Files of a user are left to
+        the next read: an editor may be replacing them just now.)
+        """
+        gone: list[bytes] = []
+        for source in self.catalog.sources("NOT owned AND kind = ?", SourceKind.NAR):
+            if source.path.parts[-3:-1] != ("nix", "store"):
+                continue
+            try:
+                os.lstat(source.path)
+            except (FileNotFoundError, NotADirectoryError):
+                with self.catalog.transaction():
+                    self.catalog.add_problem(str(source.path), f"{source.path} does not exist any more")
+                    gone += self.catalog.drop_source(source.id)
+                self._pool.forget(source.id)
+            except OSError:
+                continue  # a disk that is not answering today: reading it will tell
+        lost = self._not_held(gone)
+        self._tell_lost(lost)
+        return lost
+
     def _add_tree(self, tree: Path, map: NarMap, obj: ImageObject) -> int:
         source = self.catalog.add_source(
             SourceKind.NAR, tree, owned=False, fingerprint=map.fingerprint, map=map.to_bytes()

@@ -11,23 +11,25 @@ import logging
 import random
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, field
-from typing import Protocol
+from dataclasses import dataclass
 
 import trio
-import zstandard
 
 from p2pnode.errors import NodeError, PeerUnreachable, RemoteError, StoreError, UsageError
 from p2pnode.net.transport import Buffer, Stream, Transport
+from p2pnode.nix.trust import TrustedKeys
 from p2pnode.store import Store
+from p2pnode.swarm.download import Download, Sink
 from p2pnode.swarm.holdings import Holdings
+from p2pnode.swarm.records import RecordBook
 from p2pnode.swarm.session import PeerSession
 from protocols.cid import CID, Codec
 from protocols.exchange import PROTOCOL_ID
 from protocols.exchange import events as ev
 from protocols.exchange import messages as m
 from protocols.exchange.picker import Order
-from protocols.exchange.swarm import DownloadStats, Swarm
+from protocols.exchange.state import DownloadStats
+from protocols.exchange.swarm import Swarm
 from protocols.exchange.uploads import Uploads
 from protocols.manifest import MAX_BLOCK
 
@@ -38,46 +40,10 @@ UPLOAD_WORKERS = 2
 READ_BATCH = 8  # chunks per worker-thread call
 RETRY_BUSY_MS = 1000
 MAX_SESSIONS = 500
+REJOIN_DELAYS = (0.0, 0.5, 1.0, 2.0, 4.0)  # s; whoever stays away longer is found again by the next search
 MAX_AVAILABILITIES = 64  # per image and session; it is sent once, and again when the provider loses something
 
 Finder = Callable[[CID, Sequence[bytes]], Awaitable[dict[str, list[bytes]]]]
-
-
-class Sink(Protocol):
-    """Where the blocks of a download go. Called in worker threads."""
-
-    def accept_many(self, blocks: Sequence[tuple[bytes, m.Payload]]) -> list[bool]:
-        """Check blocks against their keys and keep the good ones; False for each that does not match its key.
-
-        Raises a `NodeError`, which ends the download, if they cannot be kept."""
-
-
-@dataclass
-class Download:
-    """A running download, as its fetcher sees it."""
-
-    id: bytes
-    root: CID
-    keys: dict[bytes, int]  # with the most bytes each may have
-    sink: Sink
-    on_arrival: Callable[[list[bytes]], None]
-    done: trio.Event = field(default_factory=trio.Event)
-    failed: trio.Event = field(default_factory=trio.Event)
-    failure: NodeError | None = None
-    last: DownloadStats | None = None
-    relayed: dict[str, int] = field(default_factory=dict)  # bytes that came through a relay, by peer
-    moved: dict[str, float] = field(default_factory=dict)  # peers that a direct connection was made to, and when
-
-    async def fails(self) -> None:
-        """Raises the error that stops the download, also when all was here once; never returns."""
-        await self.failed.wait()
-        await self.wait()
-
-    async def wait(self) -> None:
-        """Until every block is here. Raises the error that stopped it."""
-        await self.done.wait()
-        if self.failure is not None:
-            raise self.failure
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,7 +66,9 @@ class Exchange:
     `finder(root, keys)` is asked for providers: it returns peers to join, with those of `keys` each is recorded for.
     """
 
-    def __init__(self, transport: Transport, store: Store, finder: Finder, *, agent: str) -> None:
+    def __init__(
+        self, transport: Transport, store: Store, finder: Finder, *, agent: str, keys: TrustedKeys | None = None
+    ) -> None:
         self._transport = transport
         self._store = store
         self._finder = finder
@@ -108,12 +76,14 @@ class Exchange:
         self._swarm = Swarm(random.Random())
         self._uploads = Uploads()
         self._holdings = Holdings(store)
+        self.records = RecordBook(store, keys or TrustedKeys())
         self._sessions: dict[str, PeerSession] = {}
         self._retired: set[PeerSession] = set()  # relayed ones that a direct one has taken over from
         self._joining: dict[str, trio.Event] = {}
         self._downloads: dict[bytes, Download] = {}
         self._bans: dict[str, float] = {}
         self._answers: dict[tuple[CID, str], bool] = {}
+        self.availability_callbacks: list[Callable[[str, m.Availability], None]] = []
         self._repeats: dict[tuple[CID, str], int] = {}
         self._received: dict[str, int] = {}
         self._sent: dict[str, int] = {}
@@ -182,6 +152,13 @@ class Exchange:
                 await session.open.wait()
         finally:
             self._joining.pop(peer).set()
+
+    def follow(self, peer: str, root: CID, active: bool = True) -> bool:
+        """Ask a peer what it has of an image (or no longer), though nothing is fetched. False without a session."""
+        session = self._sessions.get(peer)
+        if session is not None and (active or not any(each.root == root for each in self._downloads.values())):
+            session.send(m.Interest(root, active))
+        return session is not None
 
     def _connected(self, peer: str) -> None:
         if self._downloads and self._nursery is not None:
@@ -255,16 +232,34 @@ class Exchange:
                 self._leave(old)
                 old.close("superseded")
             self._sessions[peer] = session
-            self._handle(ev.PeerJoined(peer))
+            self._handle(ev.PeerJoined(peer), ev.PeerNear(peer, self._transport.near(peer)))
         for root in {download.root for download in self._downloads.values()}:
             session.send(m.Interest(root))
         try:
             await session.run(self._on_messages, self._on_sent)
         finally:
             if self._sessions.get(peer) is session:
+                self._return_to(session)
                 self._leave(session)
             elif session in self._retired:
                 self._forget_retired(session)
+
+    def _return_to(self, session: PeerSession) -> None:
+        """A source was lost in the middle of a download, without a goodbye: its relay's limit, or a line that broke."""
+        source = any(known for (_, peer), known in self._answers.items() if peer == session.peer)
+        if source and not session.finished and not session.left and self._nursery is not None:
+            self._nursery.start_soon(self._rejoin, session.peer)
+
+    async def _rejoin(self, peer: str) -> None:
+        for delay in REJOIN_DELAYS:
+            await trio.sleep(delay)
+            if not self._downloads or self._banned(peer) or self._nursery is None:
+                return
+            try:
+                await self.join(peer)
+                return
+            except RemoteError as exc:
+                log.info("peer %s did not come back yet: %s", peer, exc)
 
     def _take_over(self, old: PeerSession, new: PeerSession) -> None:
         """From now on everything goes through `new`; what was asked for before comes through `old`.
@@ -275,6 +270,7 @@ class Exchange:
         self._sessions[old.peer] = new
         self._retired.add(old)
         new.following, old.following = old.following, {}
+        self._handle(ev.PeerNear(old.peer, self._transport.near(old.peer)))
         for download in self._downloads.values():
             download.moved.setdefault(old.peer, trio.current_time())
         assert self._nursery is not None
@@ -308,6 +304,7 @@ class Exchange:
         self._uploads_changed.set()  # what it had queued made others wait
         self._answers = {key: known for key, known in self._answers.items() if key[1] != session.peer}
         self._repeats = {key: times for key, times in self._repeats.items() if key[1] != session.peer}
+        self.records.left(session.peer)
         self._handle(ev.PeerLeft(session.peer))
         self._left.set()
         self._left = trio.Event()
@@ -341,7 +338,9 @@ class Exchange:
                     self._handle(ev.PeerLacks(session.peer, ids))
                 case m.Busy(retry_after=retry_after):
                     self._handle(ev.PeerBusy(session.peer, retry_after / 1000))
-                case m.Hello() | m.Goodbye() | m.Records():
+                case m.Records():
+                    await self._on_records(session.peer, message)
+                case m.Hello() | m.Goodbye():
                     pass
         if blocks:
             await self._on_blocks(through, blocks)
@@ -350,6 +349,8 @@ class Exchange:
 
     def _on_availability(self, peer: str, message: m.Availability) -> None:
         root = message.root
+        for callback in self.availability_callbacks:
+            callback(peer, message)
         if not any(download.root == root for download in self._downloads.values()):
             return  # crossed with our loss of interest
         repeated = self._repeats.get((root, peer), 0)
@@ -371,12 +372,32 @@ class Exchange:
             self._release(root)
             return
         session.following[root] = None
-        availability = await self._holdings.availability(root)
-        await session.room()
-        if self._sessions.get(session.peer) is session:
-            session.send(availability)
-        else:
+        if not await self._tell(session, root):
             self._unfollow(session)
+
+    async def _tell(self, session: PeerSession, root: CID) -> bool:
+        """Send what is here of an image and what is known beside it; False if the session ended meanwhile."""
+        availability = await self._holdings.availability(root)
+        answer: list[m.Message] = [availability]
+        if availability.count > 0:
+            answer += await self.records.frames(root)
+        for message in answer:
+            await session.room()
+            if self._sessions.get(session.peer) is not session:
+                return False
+            session.send(message)
+        return True
+
+    async def _on_records(self, peer: str, message: m.Records) -> None:
+        if not any(download.root == message.root for download in self._downloads.values()):
+            return  # crossed with our loss of interest
+        learnt = await self.records.learn(peer, message)
+        if learnt.fault is not None:
+            self._handle(ev.PeerMisbehaved(peer, 2, learnt.fault))
+        for session in self._sessions.values():
+            if session.peer != peer and message.root in session.following:
+                for news in learnt.news:
+                    session.send(news)
 
     async def _on_blocks(self, session: PeerSession, blocks: list[m.Block]) -> None:
         """Check and keep blocks, in one worker-thread call for each download they belong to."""
@@ -399,7 +420,7 @@ class Exchange:
             if download is None:
                 continue
             try:
-                verdicts = await trio.to_thread.run_sync(_accept, download, batch)
+                verdicts = await trio.to_thread.run_sync(download.accept, batch)
             except NodeError as exc:
                 if self._downloads.get(id) is download:
                     self._fail(download, exc)
@@ -411,7 +432,10 @@ class Exchange:
             good = [block.id for block, verdict in zip(batch, verdicts, strict=True) if verdict]
             self._arrived(good)
             checked = zip(batch, verdicts, strict=True)
-            self._handle(*(ev.BlockChecked(peer, block.id, block.size, verdict) for block, verdict in checked))
+            events: list[ev.Event] = [ev.BlockChecked(peer, block.id, block.size, good) for block, good in checked]
+            if (rtt := session.stream.rtt) is not None:
+                events.append(ev.PeerRtt(peer, rtt))
+            self._handle(*events)
 
     def _arrived(self, keys: list[bytes]) -> None:
         self._progressed.set()
@@ -433,6 +457,10 @@ class Exchange:
         """Chunks came into the store by another way than a download (an import)."""
         self._arrived(keys)
         self._handle(ev.BlocksHere(keys))
+
+    def want(self, keys: Sequence[bytes]) -> None:
+        """Blocks that running downloads were begun without are wanted after all; they must not be here."""
+        self._handle(ev.BlocksLost(keys))
 
     # What the cores decide
 
@@ -530,6 +558,7 @@ class Exchange:
             if not any(other.root == root for other in self._downloads.values()):
                 self._answers = {key: known for key, known in self._answers.items() if key[0] != root}
                 self._repeats = {key: times for key, times in self._repeats.items() if key[0] != root}
+                self.records.ended(root)
                 for session in self._sessions.values():
                     session.send(m.Interest(root, active=False))
 
@@ -543,15 +572,15 @@ class Exchange:
 
     async def tell(self, root: CID) -> None:
         """An image is known here now: peers that asked for it before were told that it is not."""
+        self.records.changed()
         for session in list(self._sessions.values()):
             if root in session.following:
-                availability = await self._holdings.availability(root)
-                if self._sessions.get(session.peer) is session:
-                    session.send(availability)
+                await self._tell(session, root)
 
     def forget(self, root: CID) -> None:
         """An image was removed: peers that follow it are told that it is gone."""
         self._holdings.forget(root)
+        self.records.changed()
         for session in self._sessions.values():
             if root in session.following:
                 session.send(m.Availability(root, 0))
@@ -608,13 +637,14 @@ class Exchange:
             sessions = [self._sessions.get(peer) for peer, _ in batch]
             payloads = await trio.to_thread.run_sync(self._read_blocks, [key for _, key in batch])
             for (peer, key), session, payload in zip(batch, sessions, payloads, strict=True):
-                if session is None or self._sessions.get(peer) is not session:
+                current = self._sessions.get(peer)
+                if current is None or (current is not session and session not in self._retired):
                     continue  # a later session of the peer has not asked for it
                 if payload is None:
-                    session.send(m.DontHave((key,)))
+                    current.send(m.DontHave((key,)))
                     continue
                 self._uploads.queued(peer, key, len(payload))
-                session.send_block(m.Block(key, m.Encoding.RAW, len(payload), (payload,)))
+                current.send_block(m.Block(key, m.Encoding.RAW, len(payload), (payload,)))
 
     def _next_batch(self) -> list[tuple[str, bytes]]:
         batch: list[tuple[str, bytes]] = []
@@ -637,29 +667,3 @@ class Exchange:
         except StoreError as exc:
             log.info("not served: %s", exc)
             return None
-
-
-def _accept(download: Download, blocks: Sequence[m.Block]) -> list[bool]:
-    """Decode blocks and hand them to the sink. Runs in a worker thread."""
-    accept = download.sink.accept_many
-    if all(block.encoding is m.Encoding.RAW for block in blocks):
-        return accept([(block.id, block.payload) for block in blocks])
-    # One after the other: what is unpacked at a time is one block's worth.
-    return [accept([(block.id, _decoded(block, download.keys[block.id]))])[0] for block in blocks]
-
-
-def _decoded(block: m.Block, limit: int) -> m.Payload:
-    """The plain bytes of a block; empty, which no hash matches, if it does not decode to what it says, or to more than
-    `limit` bytes: 200 bytes of zstd can claim 4 MiB."""
-    if block.encoding is m.Encoding.RAW:
-        return block.payload
-    if block.size > limit:
-        return ()
-    try:
-        # Neither the frame's own size nor its window is trusted, and nothing past `size` is decoded.
-        plain = zstandard.ZstdDecompressor(max_window_size=1 << 23).decompress(
-            b"".join(block.payload), max_output_size=block.size, allow_extra_data=False
-        )
-    except zstandard.ZstdError:
-        return ()
-    return (plain,) if len(plain) == block.size else ()

@@ -16,6 +16,7 @@ from collections.abc import Awaitable, Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import trio
 
@@ -25,23 +26,29 @@ from p2pnode.errors import (
     NotFound,
     PeerUnreachable,
     StoreError,
+    UsageError,
     VerificationFailed,
 )
 from p2pnode.failures import most_telling
 from p2pnode.images.exporter import Exporter, exporter
 from p2pnode.images.output import check_output
-from p2pnode.progress import Progress, Report
+from p2pnode.images.paths import STORE_KINDS
+from p2pnode.nix.trust_policy import NO_TRUST, Trust
+from p2pnode.progress import Progress, Report, silent
 from p2pnode.store import Store
 from p2pnode.store.landing import Landing
 from p2pnode.store.records import Origin
 from p2pnode.store.space import check_space
-from p2pnode.swarm.exchange import Download, Exchange, manifest_id
+from p2pnode.swarm.delivery import Delivery, IntoStore, ToCache, open_delivery
+from p2pnode.swarm.download import Download
+from p2pnode.swarm.exchange import Exchange, manifest_id
+from p2pnode.swarm.gate import Gate
 from p2pnode.swarm.holdings import chunk_key
 from p2pnode.threads import in_thread
 from protocols.cid import CID, CID_SIZE, DIGEST_SIZE
 from protocols.errors import ManifestError
 from protocols.exchange.messages import Payload
-from protocols.exchange.swarm import DownloadStats
+from protocols.exchange.state import DownloadStats
 from protocols.manifest import MAX_BLOCK, Image, ImageAssembler
 
 log = logging.getLogger(__name__)
@@ -58,19 +65,23 @@ Discover = Callable[[CID], Awaitable[int]]
 
 @dataclass(frozen=True, slots=True)
 class FetchOptions:
-    """`timeout`: seconds without a byte of progress after which to give up."""
+    """`timeout`: seconds without a byte of progress after which to give up. `to`: where store paths go, not to `out`.
+    `trust`: what they must be proved by."""
 
     out: Path | None = None
     force: bool = False
     keep_chunks: bool = False
     name: str | None = None
     timeout: float = 60.0
+    to: IntoStore | ToCache | None = None
+    trust: Trust = NO_TRUST
 
 
 @dataclass(frozen=True, slots=True)
 class Fetched:
     """The outcome. Byte counts are of blocks received for this fetch; `sources` by peer id, `relayed` what of it came
-    through relays, `direct_after` the seconds after which a direct connection took over from one."""
+    through relays, `direct_after` the seconds after which a direct connection took over from one; `delivered` is what a
+    `Delivery` reports."""
 
     image: Image
     path: Path | None
@@ -81,6 +92,7 @@ class Fetched:
     direct_after: dict[str, float]
     banned: dict[str, str]
     seconds: float
+    delivered: dict[str, Any]
 
 
 @dataclass
@@ -208,6 +220,11 @@ class _Arrivals:
         """How many of the first `digests` are here."""
         return next((at for at, digest in enumerate(digests) if not self._here[digest]), len(digests))
 
+    async def wait_for(self, digests: Sequence[bytes]) -> None:
+        """Until all of `digests` are here."""
+        while self.ready(digests) < len(digests):
+            await self.wait()
+
     def take_whole(self) -> int | None:
         """An object whose chunks are all here, each once."""
         return self._whole.popleft() if self._whole else None
@@ -245,9 +262,21 @@ class Fetcher:
         image = await trio.to_thread.run_sync(self._store.image, root)
         if image is None:
             image = await self._manifest(root, options, tally, report)
+        if options.to is not None and image.kind not in STORE_KINDS:
+            raise UsageError(f"image {root} is of kind {image.kind}, which has no store paths; fetch it with -o OUT")
         export = exporter(self._store, image, options.out, force=options.force, keep_chunks=options.keep_chunks)
-        await trio.to_thread.run_sync(export.check)
-        path = await self._content(image, export, options, tally, report)
+        searched = trio.Event()
+        settled = partial(self._settled, root, searched)
+        make_gate = partial(Gate, self._store, image, export, options.trust, settled, self._exchange.records.heard)
+        gate = await trio.to_thread.run_sync(make_gate)
+        await trio.to_thread.run_sync(gate.check)
+        delivered: dict[str, Any] = {}
+        if options.to is None or gate.paths is None:
+            path = await self._content(image, gate, None, options, tally, searched, report)
+        else:
+            async with open_delivery(self._store, gate.paths, options.to) as delivery:
+                path = await self._content(image, gate, delivery, options, tally, searched, report)
+                delivered = delivery.report()
         return Fetched(
             image,
             path,
@@ -258,9 +287,31 @@ class Fetcher:
             tally.direct_after,
             tally.banned,
             time.monotonic() - began,
+            delivered,
         )
 
+    def _settled(self, root: CID, searched: trio.Event) -> bool:
+        """Whether all who have the image have told what they know of its store paths."""
+        answers = self._exchange.answers(root)
+        knowing = {peer for peer, known in answers.items() if known}
+        answered = answers.keys() >= set(self._exchange.sessions)
+        return searched.is_set() and answered and knowing <= self._exchange.records.told_all(root)
+
     # The manifest
+
+    async def manifest(self, root: CID, *, timeout: float) -> Image:
+        """An image's manifest, from the store or else from the swarm. Not while the same image is being fetched.
+
+        Raises NotFound, RemoteError, StoreError, VerificationFailed.
+        """
+        image = await trio.to_thread.run_sync(self._store.image, root)
+        if image is not None:
+            return image
+        try:
+            return await self._manifest(root, FetchOptions(timeout=timeout), _Tally(), silent)
+        except ExceptionGroup as group:
+            error = most_telling(group)
+            raise error from error.__cause__
 
     async def _manifest(self, root: CID, options: FetchOptions, tally: _Tally, report: Report) -> Image:
         report(Progress("finding", note="looking for the image"))
@@ -347,13 +398,24 @@ class Fetcher:
     # The content
 
     async def _content(
-        self, image: Image, export: Exporter, options: FetchOptions, tally: _Tally, report: Report
+        self,
+        image: Image,
+        gate: Gate,
+        delivery: Delivery | None,
+        options: FetchOptions,
+        tally: _Tally,
+        searched: trio.Event,
+        report: Report,
     ) -> Path | None:
+        present = frozenset[int]() if delivery is None else delivery.present
         digests = list(image.chunks)
         landing = await trio.to_thread.run_sync(self._store.landing, image, options.out)
         try:
             await in_thread(lambda cancelled, _: landing.copy_local(digests, cancelled), report)
             here = await trio.to_thread.run_sync(self._store.held, digests)
+            if present:
+                needed = {d for n, obj in enumerate(image.objects) if n not in present for d in obj.layout.digests}
+                here = bytearray(h or digest not in needed for h, digest in zip(here, digests, strict=True))
             missing = sum(size for size, h in zip(image.chunks.values(), here, strict=True) if not h)
             await trio.to_thread.run_sync(check_space, landing.path.parent, missing)
             self._provide(image)
@@ -374,26 +436,37 @@ class Fetcher:
                 trio.open_nursery() as nursery,
             ):
                 nursery.start_soon(self._watch, image, options.timeout, report)
-                if missing:
-                    nursery.start_soon(self._discover, image.id)
+                if missing or gate.trust.demanded:
+                    nursery.start_soon(self._search, image.id, searched)
                 nursery.start_soon(download.fails)
-                await self._verify(image, export, arrivals, recent)
+                delivered = trio.Event()
+                if delivery is not None:
+                    nursery.start_soon(self._deliver, delivery, gate, arrivals, delivered)
+                await self._verify(image, gate, present, arrivals, recent)
+                if delivery is not None:
+                    await delivered.wait()
                 tally.add(self._exchange.stats(id), download)
                 nursery.cancel_scope.cancel()
             await trio.to_thread.run_sync(landing.close)
             report(Progress("exporting", image.size, image.size))
-            path = await trio.to_thread.run_sync(export.finish)
+            path = await (delivery.finish() if delivery is not None else trio.to_thread.run_sync(gate.finish))
             await trio.to_thread.run_sync(self._store.mark_complete, image.id, None if path is None else str(path))
         except BaseException:
             with trio.CancelScope(shield=True):
                 await trio.to_thread.run_sync(landing.close)
-                await trio.to_thread.run_sync(export.abort)
+                await trio.to_thread.run_sync(gate.abort)
             raise
         return path
 
-    async def _verify(self, image: Image, export: Exporter, arrivals: _Arrivals, recent: _Recent) -> None:
-        """Hash, and export, objects as their chunks land: first those that are complete."""
-        waiting = set(range(len(image.objects)))
+    async def _deliver(self, delivery: Delivery, gate: Gate, arrivals: _Arrivals, delivered: trio.Event) -> None:
+        await delivery.deliver(gate, arrivals.wait_for)
+        delivered.set()
+
+    async def _verify(
+        self, image: Image, gate: Gate, present: frozenset[int], arrivals: _Arrivals, recent: _Recent
+    ) -> None:
+        """Hash, judge and export objects as their chunks land: first those that are complete."""
+        waiting = set(range(len(image.objects))) - present
         while waiting:
             index = arrivals.take_whole()
             if index is None and len(waiting) == 1:
@@ -405,9 +478,10 @@ class Fetcher:
                 continue  # followed above while it became whole
             waiting.remove(index)
             layout = image.objects[index].layout
-            await trio.to_thread.run_sync(export.begin_object, index)
-            await self._feed(layout.digests, layout.sizes, export, arrivals, recent)
-            await trio.to_thread.run_sync(export.end_object)
+            await trio.to_thread.run_sync(gate.begin_object, index)
+            await self._feed(layout.digests, layout.sizes, gate, arrivals, recent)
+            await trio.to_thread.run_sync(gate.end_object)
+            await gate.judge(index)
 
     async def _feed(
         self, digests: Sequence[bytes], sizes: Sequence[int], export: Exporter, arrivals: _Arrivals, recent: _Recent

@@ -64,6 +64,11 @@ class PeerSession:
         return sum(block.size for block in self._blocks)
 
     @property
+    def left(self) -> bool:
+        """Whether we ended it."""
+        return self._closing is not None
+
+    @property
     def finished(self) -> bool:
         """Whether the peer has said that nothing more follows."""
         return self._protocol.state is State.DONE

@@ -113,6 +113,11 @@ class RecordStore:
                 result.append(PeerInfo(sender.peer, sender.addrs))
         return result
 
+    def expiry(self, key: bytes, peer: str) -> float | None:
+        """When the record that `peer` provides `key` expires; None if there is none."""
+        sender = self._senders.get(peer)
+        return None if sender is None else sender.records.get(key)
+
     def expire(self, now: float, at_most: int = 20_000) -> int:
         """Drop up to `at_most` records that have expired (20,000 take 10 ms). How many that were.
 

@@ -67,6 +67,14 @@ class PeerHolds:
 
 
 @dataclass(frozen=True, slots=True)
+class PeerNear:
+    """A peer is on our own network (or no longer): what it has should come from it and not over the line to others."""
+
+    peer: str
+    near: bool
+
+
+@dataclass(frozen=True, slots=True)
 class PeerRtt:
     """The round trip time to a peer is `seconds`, as the network tells."""
 
@@ -143,6 +151,7 @@ Event = (
     | PeerHas
     | PeerGot
     | PeerHolds
+    | PeerNear
     | PeerRtt
     | PeerProgress
     | BlockChecked

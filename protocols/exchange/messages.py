@@ -12,13 +12,13 @@ from __future__ import annotations
 
 import enum
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from protocols import dagcbor
 from protocols.cid import CID, CID_SIZE, DIGEST_SIZE, Codec
 from protocols.errors import CIDError, DecodeError, FrameError
-from protocols.manifest import MAX_CHUNK, MAX_CHUNKS
+from protocols.manifest import MAX_CHUNK, MAX_CHUNKS, MAX_OBJECTS
 
 Buffer = bytes | bytearray | memoryview
 Payload = Sequence[Buffer]
@@ -29,6 +29,13 @@ MAX_HEADER = 1 << 20  # the bit field of MAX_CHUNKS chunks takes half of it
 MAX_IDS = 4096  # per WANT, DONT_HAVE or CANCEL frame
 MAX_RANGES = 4096
 MAX_TEXT = 256
+MAX_RECORDS = 4096  # paths per RECORDS frame
+MAX_SIGNATURES = 64  # per path and frame, as in a narinfo
+MAX_SIGNATURE = 352  # a key's name of 256 characters, a colon, and 64 bytes in base 64
+MAX_REFERENCES = 16384  # per path, in images that do not have them
+MAX_BASE_NAME = 244  # 32 digits, a dash, a name of 211
+MAX_CA = 256
+RECORDS_SIZE = 512 << 10  # of one frame, so that a long list of records does not hold up what is behind it
 IGNORABLE = 0x80
 BLOCK_SIZE_AT = 40  # in a BLOCK's usual header: array of 3, byte string of 36, one byte of encoding, then the size
 MIN_PIECE = 4096  # smaller pieces of a payload are joined, so that a million one-byte reads cost what they hold
@@ -102,12 +109,33 @@ class Have:
 
 
 @dataclass(frozen=True, slots=True)
+class PathRecord:
+    """What the sender says of one store path of an image, none of it vouched for by the image's id.
+
+    `number`: of the object in the image. `signatures`: `NAME:BASE64` each. `references`: base names of all paths it
+    refers to, sorted; None: those that the image has, which is all of them in a closure. `deriver`: base name. `ca`:
+    a content address beyond that in the image.
+    """
+
+    number: int
+    signatures: tuple[str, ...] = ()
+    references: tuple[str, ...] | None = None
+    deriver: str | None = None
+    ca: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class Records:
-    """Records beside an image: signatures, derivers, names. Ignorable."""
+    """Records beside an image: sent after AVAILABILITY, and again when there are new ones. Ignorable.
+
+    `paths` ascend by number. `more`: another frame follows at once; the last one may be empty, and says that this is
+    all the sender has.
+    """
 
     TYPE: ClassVar[int] = 0x85
     root: CID
-    records: dict[str, Any] = field(hash=False)
+    paths: tuple[PathRecord, ...]
+    more: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -191,8 +219,8 @@ def _header(message: Message) -> Any:
             return [root, count, bits]
         case Have(root=root, ranges=ranges):
             return [root, [list(pair) for pair in ranges]]
-        case Records(root=root, records=records):
-            return [root, records]
+        case Records(root=root, paths=paths, more=more):
+            return [root, {"more": more, "paths": [_path_record_value(each) for each in paths]}]
         case Want(ids=ids, priority=priority):
             return [list(ids), int(priority)]
         case Block(id=key, encoding=encoding, size=size):
@@ -203,6 +231,33 @@ def _header(message: Message) -> Any:
             return retry_after
         case Goodbye(reason=reason):
             return reason[:MAX_TEXT]
+
+
+def _path_record_value(record: PathRecord) -> Any:
+    optional = {
+        "sigs": list(record.signatures) or None,
+        "refs": None if record.references is None else list(record.references),
+        "deriver": record.deriver,
+        "ca": record.ca,
+    }
+    return [record.number, {key: value for key, value in optional.items() if value is not None}]
+
+
+def records_frames(root: CID, paths: Sequence[PathRecord]) -> Iterator[Records]:
+    """RECORDS frames that say all of `paths`, which ascend by number, within the limits of a frame; at least one."""
+    batch: list[PathRecord] = []
+    size = 0
+    for record in paths:
+        texts = (*record.signatures, *(record.references or ()), record.deriver or "", record.ca or "")
+        taken = sum(map(len, texts)) + 3 * len(texts) + 64
+        if taken > RECORDS_SIZE:
+            continue  # one path that refers to 10,000 others: whoever wants it can have its closure
+        if batch and (size + taken > RECORDS_SIZE or len(batch) == MAX_RECORDS):
+            yield Records(root, tuple(batch), more=True)
+            batch, size = [], 0
+        batch.append(record)
+        size += taken
+    yield Records(root, tuple(batch))
 
 
 class FrameReader:
@@ -379,10 +434,44 @@ def _have(value: Any) -> Have:
 
 
 def _records(value: Any) -> Records:
+    # Later versions may add fields to the maps.
     match value:
-        case [CID() as root, dict(records)]:
-            return Records(root, records)
+        case [CID() as root, {"paths": list(items), "more": bool(more)}] if len(items) <= MAX_RECORDS:
+            paths = []
+            behind = 0
+            for item in items:
+                paths.append(_path_record(item, behind))
+                behind = paths[-1].number + 1
+            return Records(root, tuple(paths), more)
     raise _bad("RECORDS")
+
+
+def _path_record(value: Any, lowest: int) -> PathRecord:
+    match value:
+        case [number, dict(said)] if _is_int(number, lowest, MAX_OBJECTS - 1):
+            references = said.get("refs")
+            return PathRecord(
+                number,
+                _words(said.get("sigs", []), MAX_SIGNATURES, MAX_SIGNATURE),
+                None if "refs" not in said else _words(references, MAX_REFERENCES, MAX_BASE_NAME, ascending=True),
+                None if "deriver" not in said else _words([said["deriver"]], 1, MAX_BASE_NAME)[0],
+                None if "ca" not in said else _words([said["ca"]], 1, MAX_CA)[0],
+            )
+    raise _bad("RECORDS")
+
+
+def _words(value: Any, most: int, longest: int, *, ascending: bool = False) -> tuple[str, ...]:
+    """Distinct texts of printable ASCII without blanks: what Nix's formats can hold of them."""
+    if not isinstance(value, list) or len(value) > most:
+        raise _bad("RECORDS")
+    for text in value:
+        if not isinstance(text, str) or not 0 < len(text) <= longest or not text.isascii() or not text.isprintable():
+            raise _bad("RECORDS")
+        if " " in text:
+            raise _bad("RECORDS")
+    if len(set(value)) != len(value) or (ascending and value != sorted(value)):
+        raise _bad("RECORDS")
+    return tuple(value)
 
 
 def _id_list(value: Any, name: str) -> tuple[bytes, ...]:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import enum
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import chain
 from typing import Protocol
 
 RANDOM_FIRST = 4  # libtorrent's initial_picker_threshold
@@ -150,6 +151,10 @@ class Picker:
     def rarest_of_all(self) -> Sequence[int]:
         """The chunks in the picker that only peers who have everything, or nobody, are known to have."""
         return self._buckets[0]
+
+    def below(self, level: int) -> Iterator[int]:
+        """The chunks that fewer than `level` peers are known to have."""
+        return chain.from_iterable(self._buckets[:level])
 
     def _next_in_order(self, has: Has, skip: int = 0) -> int | None:
         while self._cursor < len(self._place) and self._place[self._cursor] < 0:

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
 from itertools import chain, islice
 
 from protocols.exchange.events import (
@@ -33,6 +32,7 @@ from protocols.exchange.events import (
     PeerLacks,
     PeerLeft,
     PeerMisbehaved,
+    PeerNear,
     PeerProgress,
     PeerRtt,
     RemoveDownload,
@@ -40,95 +40,26 @@ from protocols.exchange.events import (
     Tick,
 )
 from protocols.exchange.messages import MAX_IDS, Priority
-from protocols.exchange.picker import Order, Picker, Random, Scattered, bit_test
-from protocols.exchange.window import Window
+from protocols.exchange.picker import Order, Random, Scattered, bit_test
+from protocols.exchange.state import SNUB_FIRST, Download, DownloadStats, Peer
 
 BAN_SCORE = -7  # libtorrent's trust points: -2 for a bad piece, +1 for a good one, banned at -7
 GOOD_SCORE_CAP = 8
 BAN_SECONDS = 3600.0
 MAX_PUSH = 2.0  # one that is slow all the same answers after twice the usual time
-FIRST_TIMEOUT = 8.0  # nothing measured yet: a busy seed may serve a hundred others first
-SNUB_FIRST, SNUB_MAX = 2.0, 64.0
+SNUB_MAX = 64.0
 FIND_INTERVAL = 60.0  # Kraken and boxo ask for more providers once a minute
 FIND_RETRY = 5.0
 FIND_KEYS = 512
 ENDGAME_SCAN = 256
 ENDGAME_RECHECK = 0.1
+# A chunk that a neighbour has is this many peers less rare, so that others are asked for what no neighbour has; and
+# once all that is left is with neighbours, the others rest if these are fast enough.
+NEAR_WEIGHT = 64
+NEAR_GRACE = 1.0  # s in which neighbours may show how fast they are: before, they had little that we needed
+NEAR_SLOW = 10.0  # s for which neighbours that are too slow get no privilege
+NEAR_RECHECK = 0.25
 MAX_ROOTS = 256  # availabilities remembered per peer
-CANCELLED_MEMORY = 2 * MAX_IDS  # more than one peer can owe
-
-
-@dataclass(frozen=True, slots=True)
-class DownloadStats:
-    """Where a download stands. Byte counts are of blocks, framing not counted."""
-
-    remaining: int
-    remaining_bytes: int
-    received: dict[str, int]
-    duplicate_bytes: int
-    banned: dict[str, str]
-    peers: int
-    in_flight: int
-    unavailable: int  # blocks wanted that no connected peer is known to have
-
-
-@dataclass(slots=True)
-class _Peer:
-    name: str
-    window: Window = field(default_factory=Window)
-    in_flight: dict[bytes, tuple[float, int]] = field(default_factory=dict)  # key -> when asked, bytes
-    in_flight_bytes: int = 0
-    probe: tuple[bytes, float] | None = None  # a request with nothing before it: measures the round trip
-    heard: float = 0.0  # last byte of a block
-    answered: float = 0.0  # last whole block
-    score: int = 0
-    resting_until: float = 0.0
-    snub: float = SNUB_FIRST
-    has: dict[bytes, tuple[int, bytearray | None]] = field(default_factory=dict)
-    holds: set[bytes] = field(default_factory=set)
-    lacks: set[bytes] = field(default_factory=set)
-    # Downloads whose buckets hold nothing for this peer; what turns up for it later waits in `fresh`.
-    dry: set[bytes] = field(default_factory=set)
-    fresh: dict[bytes, deque[int]] = field(default_factory=dict)
-    cancelled: deque[bytes] = field(default_factory=lambda: deque(maxlen=CANCELLED_MEMORY))
-
-    def can_have(self, download: _Download, index: int) -> bool:
-        key = download.keys[index]
-        if key in self.lacks:
-            return False
-        if key in self.holds:
-            return True
-        entry = self.has.get(download.id)
-        return entry is not None and bit_test(entry[1])(index)
-
-    def deadline(self) -> float:
-        """When the peer counts as stalled; infinite while nothing is asked of it."""
-        if not self.in_flight:
-            return float("inf")
-        first, _ = next(iter(self.in_flight.values()))
-        wait = self.window.timeout if self.window.mean else FIRST_TIMEOUT
-        return max(first, self.heard) + wait
-
-
-class _Download:
-    def __init__(self, event: AddDownload, rng: Random) -> None:
-        self.id = event.id
-        self.keys = event.keys
-        self.sizes = event.sizes
-        self.order = event.order
-        self.priority = event.priority
-        self.index = {key: i for i, key in enumerate(event.keys)}
-        self.here = bytearray(event.here)
-        self.picker = Picker(len(event.keys), (i for i, h in enumerate(event.here) if not h), rng, event.order)
-        self.picker.seeds_only = True
-        self.partial_peers = 0
-        self.remaining = len(self.picker)
-        self.remaining_bytes = sum(size for size, h in zip(event.sizes, event.here, strict=True) if not h)
-        self.received: dict[str, int] = {}
-        self.duplicate_bytes = 0
-        self.banned: dict[str, str] = {}
-        self.find_at = 0.0
-        self.found_at = float("-inf")
 
 
 class Swarm:
@@ -136,12 +67,15 @@ class Swarm:
 
     def __init__(self, rng: Random) -> None:
         self._rng = rng
-        self._peers: dict[str, _Peer] = {}
-        self._downloads: dict[bytes, _Download] = {}
+        self._peers: dict[str, Peer] = {}
+        self._downloads: dict[bytes, Download] = {}
         self._requests: dict[bytes, list[str]] = {}  # key -> peers asked, oldest request first
         self._actions: list[Action] = []
         self._idle: dict[str, None] = {}  # peers that may be asked for more, once all events were taken
         self._asks: dict[tuple[str, Priority], list[bytes]] = {}
+        self._near_alone: dict[
+            bytes, tuple[float, bool]
+        ] = {}  # downloads that were left to neighbours, or not, and when
         self._now = 0.0
 
     def handle(self, *events: Event, now: float) -> list[Action]:
@@ -161,7 +95,7 @@ class Swarm:
             case RemoveDownload(id=id):
                 self._remove(id)
             case PeerJoined(peer=name):
-                self._peers.setdefault(name, _Peer(name))
+                self._peers.setdefault(name, Peer(name))
             case PeerLeft(peer=name):
                 self._leave(name)
             case PeerHas():
@@ -170,6 +104,8 @@ class Swarm:
                 self._peer_got(name, id, ranges)
             case PeerHolds(peer=name, keys=keys):
                 self._peer_holds(name, keys)
+            case PeerNear(peer=name, near=near):
+                self._peer_near(name, near)
             case PeerRtt(peer=name, seconds=seconds):
                 if name in self._peers:
                     self._peers[name].window.rtt = seconds
@@ -204,6 +140,7 @@ class Swarm:
     def next_timer(self) -> float:
         """When to send `Tick`, on the clock of `now`; infinite if never."""
         times = [peer.deadline() for peer in self._peers.values()]
+        times += [at + NEAR_RECHECK for at, alone in self._near_alone.values() if alone]
         if self._downloads:
             times += [peer.resting_until for peer in self._peers.values() if peer.resting_until > self._now]
             times += [d.find_at for d in self._downloads.values() if d.remaining]
@@ -230,7 +167,7 @@ class Swarm:
     # Downloads
 
     def _add(self, event: AddDownload) -> None:
-        d = self._downloads[event.id] = _Download(event, self._rng)
+        d = self._downloads[event.id] = Download(event, self._rng)
         for key in event.keys:
             if key in self._requests:
                 d.picker.drop(d.index[key])  # another download has asked for it
@@ -247,6 +184,7 @@ class Swarm:
 
     def _remove(self, id: bytes) -> None:
         d = self._downloads.pop(id, None)
+        self._near_alone.pop(id, None)
         if d is None:
             return
         for key in [key for key in self._requests if key in d.index and not self._needed(key)]:
@@ -265,7 +203,7 @@ class Swarm:
     def _needed(self, key: bytes) -> bool:
         return any((i := d.index.get(key)) is not None and not d.here[i] for d in self._downloads.values())
 
-    def _places(self, key: bytes) -> Iterator[tuple[_Download, int]]:
+    def _places(self, key: bytes) -> Iterator[tuple[Download, int]]:
         for d in self._downloads.values():
             index = d.index.get(key)
             if index is not None:
@@ -306,7 +244,7 @@ class Swarm:
         self._give_up(peer)
         self._fill_all()
 
-    def _give_up(self, peer: _Peer) -> None:
+    def _give_up(self, peer: Peer) -> None:
         """Take back everything asked of a peer, for others to deliver."""
         keys = list(peer.in_flight)
         peer.in_flight.clear()
@@ -321,7 +259,7 @@ class Swarm:
                 self._put_back(key)
 
     @staticmethod
-    def _look_again(peer: _Peer, d: _Download) -> None:
+    def _look_again(peer: Peer, d: Download) -> None:
         """Forget what was found out about `peer` and the chunks to pick of `d`."""
         peer.dry.discard(d.id)
         if peer.holds:
@@ -329,7 +267,7 @@ class Swarm:
         else:
             peer.fresh.pop(d.id, None)
 
-    def _count_bits(self, peer: _Peer, d: _Download, entry: tuple[int, bytearray | None], by: int) -> None:
+    def _count_bits(self, peer: Peer, d: Download, entry: tuple[int, bytearray | None], by: int) -> None:
         count, bits = entry
         if bits is None and not count:
             return
@@ -338,11 +276,59 @@ class Swarm:
             self._punish(peer.name, 2, "says an image has another number of chunks than it has")
             return
         if bits is None or count != len(d.keys):
+            d.near_seeds += by if peer.near and count == len(d.keys) else 0
             return  # those who have everything make no chunk rarer than another
         d.partial_peers += by
         d.picker.seeds_only = not d.partial_peers
         for index in _ones(bits):
-            d.picker.change(index, by)
+            self._count_copy(peer, d, index, by)
+
+    @staticmethod
+    def _count_copy(peer: Peer, d: Download, index: int, by: int) -> None:
+        """A peer that has a part of `d` has (`by` = 1) or no longer has (-1) this chunk."""
+        if peer.near:
+            others = d.near_copies[index] - (by < 0)
+            d.near_copies[index] += by
+            by = by if others else by * (1 + NEAR_WEIGHT)
+        d.picker.change(index, by)
+
+    def _peer_near(self, name: str, near: bool) -> None:
+        peer = self._peers.get(name)
+        if peer is None or peer.near == near:
+            return
+        entries = [(self._downloads[id], entry) for id, entry in peer.has.items() if id in self._downloads]
+        for d, entry in entries:
+            self._count_bits(peer, d, entry, -1)
+        peer.near = near
+        for d, entry in entries:
+            self._count_bits(peer, d, entry, +1)
+
+    def _left_to_near(self, d: Download) -> bool:
+        """Whether neighbours have all that is left to ask for, and are fast enough to be left alone with it."""
+        at, alone = self._near_alone.get(d.id, (float("-inf"), False))
+        if at != self._now:
+            alone = self._can_near(d)
+            self._near_alone[d.id] = self._now, alone
+        return alone
+
+    def _can_near(self, d: Download) -> bool:
+        if self._now < d.near_slow_until:
+            return False
+        if not d.near_seeds and next(d.picker.below(NEAR_WEIGHT), None) is not None:
+            d.near_since = None
+            return False
+        rates = {True: 0.0, False: 0.0}
+        for peer in self._peers.values():
+            if d.id in peer.has and peer.resting_until <= self._now:
+                rates[peer.near] += peer.window.rate
+        if not rates[False]:
+            return False  # what they would be compared with is not known yet
+        if d.near_since is None:
+            d.near_since = self._now
+        if self._now - d.near_since < NEAR_GRACE or rates[True] >= rates[False] / 2:
+            return True
+        d.near_slow_until = self._now + NEAR_SLOW
+        return False
 
     def _peer_has(self, event: PeerHas) -> None:
         peer = self._peers.get(event.peer)
@@ -388,7 +374,7 @@ class Swarm:
                     continue
                 bits[index >> 3] |= mask
                 if d is not None:
-                    d.picker.change(index, +1)
+                    self._count_copy(peer, d, index, +1)
                     peer.lacks.discard(d.keys[index])
                     if id in peer.dry and index in d.picker:
                         peer.fresh.setdefault(id, deque()).append(index)
@@ -423,14 +409,14 @@ class Swarm:
                 self._put_back(key)
         self._fill_all()
 
-    def _unannounce(self, peer: _Peer, key: bytes) -> None:
+    def _unannounce(self, peer: Peer, key: bytes) -> None:
         """The peer does not have what it announced: it must not count as a source when providers are looked for."""
         for d, index in self._places(key):
             bits = peer.has.get(d.id, (0, None))[1]
             mask = 0x80 >> (index & 7)
             if bits is not None and bits[index >> 3] & mask:
                 bits[index >> 3] &= ~mask
-                d.picker.change(index, -1)
+                self._count_copy(peer, d, index, -1)
 
     def _peer_busy(self, name: str, seconds: float) -> None:
         peer = self._peers.get(name)
@@ -447,7 +433,7 @@ class Swarm:
             if peer.score <= BAN_SCORE:
                 self._ban(peer, reason)
 
-    def _ban(self, peer: _Peer, reason: str) -> None:
+    def _ban(self, peer: Peer, reason: str) -> None:
         for d in self._downloads.values():
             if d.id in peer.has or peer.name in d.received or any(key in d.index for key in peer.in_flight):
                 d.banned[peer.name] = reason
@@ -481,7 +467,7 @@ class Swarm:
         if peer is not None:
             self._idle[peer.name] = None
 
-    def _measure(self, peer: _Peer, event: BlockChecked) -> None:
+    def _measure(self, peer: Peer, event: BlockChecked) -> None:
         asked = peer.in_flight.get(event.key)
         if asked is None and event.key in peer.cancelled:
             # One copy for each time it was asked for; what was asked for again after a cancel may come twice.
@@ -497,7 +483,7 @@ class Swarm:
             self._take_from(peer, event.key)
         peer.answered = self._now
 
-    def _take_from(self, peer: _Peer, key: bytes) -> None:
+    def _take_from(self, peer: Peer, key: bytes) -> None:
         """`peer` no longer owes `key`."""
         request = peer.in_flight.pop(key, None)
         if request is None:
@@ -552,7 +538,7 @@ class Swarm:
         if not peer.in_flight:
             self._endgame(peer, downloads)
 
-    def _limit(self, peer: _Peer) -> float:
+    def _limit(self, peer: Peer) -> float:
         """The peer's window; more for those slower than the average, as they may be slow only because little is asked
         of them; but near the end no more than its share by rate, so that all finish together."""
         rate = peer.window.rate
@@ -566,8 +552,10 @@ class Swarm:
         left = sum(d.remaining_bytes for d in self._downloads.values())
         return min(peer.window.size * push, left * rate / total + 1)
 
-    def _pick(self, peer: _Peer, d: _Download) -> int | None:
+    def _pick(self, peer: Peer, d: Download) -> int | None:
         if not len(d.picker):
+            return None
+        if not peer.near and self._left_to_near(d):
             return None
         if d.id in peer.has and d.id not in peer.dry:
             bits = bit_test(peer.has[d.id][1])
@@ -587,7 +575,7 @@ class Swarm:
                 return index
         return None
 
-    def _ask(self, peer: _Peer, d: _Download, index: int) -> None:
+    def _ask(self, peer: Peer, d: Download, index: int) -> None:
         key = d.keys[index]
         for other, place in self._places(key):
             if other is not d:
@@ -602,7 +590,7 @@ class Swarm:
         self._requests.setdefault(key, []).append(peer.name)
         self._asks.setdefault((peer.name, d.priority), []).append(key)
 
-    def _endgame(self, peer: _Peer, downloads: Sequence[_Download]) -> None:
+    def _endgame(self, peer: Peer, downloads: Sequence[Download]) -> None:
         """Nothing is left to ask for: ask an idle peer for the oldest block that one other peer still owes."""
         if self._pickable():
             return
@@ -629,7 +617,7 @@ class Swarm:
                 return True
         return False
 
-    def _sources(self, d: _Download) -> list[_Peer]:
+    def _sources(self, d: Download) -> list[Peer]:
         """Peers that may have blocks of `d` which `Picker.availability` does not count."""
         return [p for p in self._peers.values() if p.holds or (d.id in p.has and p.has[d.id][1] is None)]
 
@@ -646,6 +634,7 @@ class Swarm:
     # Time
 
     def _tick(self) -> None:
+        self._near_alone.clear()
         for peer in list(self._peers.values()):
             if peer.deadline() <= self._now:
                 self._stalled(peer)
@@ -653,7 +642,7 @@ class Swarm:
             self._find(d)
         self._fill_all()
 
-    def _stalled(self, peer: _Peer) -> None:
+    def _stalled(self, peer: Peer) -> None:
         keys = tuple(peer.in_flight)
         peer.cancelled.extend(keys)
         self._actions.append(CancelRequest(peer.name, keys))
@@ -662,7 +651,7 @@ class Swarm:
         peer.snub = min(2 * peer.snub, SNUB_MAX)
         self._give_up(peer)
 
-    def _find(self, d: _Download) -> None:
+    def _find(self, d: Download) -> None:
         if not d.remaining or d.find_at > self._now:
             return
         unavailable = self._unavailable(d, FIND_KEYS)
@@ -675,7 +664,7 @@ class Swarm:
             self._actions.append(FindProviders(d.id, tuple(d.keys[i] for i in unavailable)))
         d.find_at = self._now + FIND_RETRY
 
-    def _unavailable(self, d: _Download, limit: int) -> list[int]:
+    def _unavailable(self, d: Download, limit: int) -> list[int]:
         """Blocks wanted that no peer here is known to have."""
         sources = self._sources(d)
         suspects: Iterable[int] = d.picker.rarest_of_all()

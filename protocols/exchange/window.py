@@ -1,9 +1,10 @@
 """How many bytes to have in flight with one peer, and how long to wait for them.
 
-window = rate x max(4 x RTT, 0.5 s or 8 MiB): enough to keep the pipe full through scheduling noise, little enough that a
-peer that turns slow holds up little and that chunks come about in the order in which they were asked for (libtorrent's request_queue_time is 3 s; half a second suffices as we ask for chunks of
-256 KiB instead of blocks of 16 KiB, and cancels are cheap). While starting, the window grows by one chunk per chunk
-received, that is it doubles per round trip (TCP slow start; libtorrent's peer_connection::received_piece).
+window = rate x max(4 x RTT, 0.5 s or 8 MiB): enough to keep the pipe full through scheduling noise, little enough that
+a peer that turns slow holds up little and that chunks come about in the order in which they were asked for
+(libtorrent's request_queue_time is 3 s; half a second suffices as we ask for chunks of 256 KiB instead of blocks of 16
+KiB, and cancels are cheap). While starting, the window grows by one chunk per chunk received, that is it doubles per
+round trip (TCP slow start; libtorrent's peer_connection::received_piece).
 """
 
 from __future__ import annotations

@@ -21,7 +21,7 @@ GENUINE: tuple[m.Message, ...] = (
     m.Availability(ROOT, 12, b"\xff\xf0"),
     m.Availability(ROOT, 3),
     m.Have(ROOT, ((0, 2), (5, 1))),
-    m.Records(ROOT, {"signatures": ["x"]}),
+    m.Records(ROOT, (m.PathRecord(0, ("k:A",), ("a",), "d", "c"), m.PathRecord(5)), more=True),
     m.Want(KEYS, m.Priority.INTERACTIVE),
     m.Block(KEYS[0], m.Encoding.RAW, 5, (b"he", b"llo")),
     m.Block(KEYS[1], m.Encoding.ZSTD, 70_000, (bytes(300),)),

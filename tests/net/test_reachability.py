@@ -134,7 +134,7 @@ async def test_nobody_is_dialled_for_others_beyond_the_limits() -> None:
         assert outcomes == [Outcome.REFUSED] * 2  # a port of the system, somebody's LAN
         closed = reach.Dial(free_port(), nonce)
         outcomes = [(await ask(asker, server.peer_id, closed)).outcome for _ in range(PEER_BURST + 2)]
-        assert outcomes[0] is Outcome.UNREACHABLE
+        assert outcomes[0] is Outcome.CLOSED
         assert outcomes[-1] is Outcome.REFUSED
 
 
@@ -142,7 +142,7 @@ async def test_a_nonce_nobody_waits_for_gets_no_answer() -> None:
     async with node() as target:
         port = int(target.addrs()[0].split("/")[4])
         with trio.fail_after(5):
-            assert await dial_back("127.0.0.1", port, secrets.token_bytes(32)) is Outcome.UNREACHABLE
+            assert await dial_back("127.0.0.1", port, secrets.token_bytes(32)) is Outcome.STRANGER
         assert target.connections() == []
 
 

@@ -20,7 +20,7 @@ from protocols.cid import CID, Codec
 from protocols.exchange import events as ev
 from protocols.exchange.messages import MAX_IDS, Priority, ranges_of
 from protocols.exchange.picker import Order, bit_test
-from protocols.exchange.swarm import Swarm
+from protocols.exchange.swarm import NEAR_WEIGHT, Swarm
 from protocols.exchange.uploads import Uploads
 
 KIB, MIB = 1 << 10, 1 << 20
@@ -369,9 +369,13 @@ def check_invariants(swarm: Swarm) -> None:
         assert requested.isdisjoint(listed), "both to be picked and asked for"
         assert requested | set(listed) == needed, "a block nobody will ever ask for"
         levels = [0] * len(d.keys)
+        near = [0] * len(d.keys)
         for peer in swarm._peers.values():
             count, bits = peer.has.get(d.id, (0, None))
             if bits is not None and count == len(d.keys):
                 for i in range(count):
                     levels[i] += bit_test(bits)(i)
+                    near[i] += peer.near and bit_test(bits)(i)
+        assert near == list(d.near_copies)
+        levels = [level + NEAR_WEIGHT * (copies > 0) for level, copies in zip(levels, near, strict=True)]
         assert levels == [d.picker.availability(i) for i in range(len(d.keys))]

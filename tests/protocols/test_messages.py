@@ -37,6 +37,22 @@ def blocks(draw: st.DrawFn) -> m.Block:
 
 
 names = st.lists(texts, max_size=3).map(tuple)
+words = st.text(st.characters(codec="ascii", categories=["L", "N", "P"]), min_size=1, max_size=20)
+word_lists = st.lists(words, max_size=4, unique=True)
+
+
+def path_records() -> st.SearchStrategy[tuple[m.PathRecord, ...]]:
+    said = st.tuples(
+        word_lists.map(tuple),
+        st.none() | word_lists.map(lambda some: tuple(sorted(some))),
+        st.none() | words,
+        st.none() | words,
+    )
+    return st.dictionaries(st.integers(0, (1 << 18) - 1), said, max_size=4).map(
+        lambda paths: tuple(m.PathRecord(number, *paths[number]) for number in sorted(paths))
+    )
+
+
 messages = st.one_of(
     st.builds(
         m.Hello,
@@ -55,7 +71,7 @@ messages = st.one_of(
         roots,
         st.lists(st.integers(0, 1000), min_size=1, max_size=50),
     ),
-    st.builds(m.Records, roots, st.dictionaries(texts, st.binary() | texts, max_size=3)),
+    st.builds(m.Records, roots, path_records(), st.booleans()),
     st.builds(m.Want, ids, st.sampled_from(m.Priority)),
     blocks(),
     st.builds(m.DontHave, ids),
@@ -114,7 +130,7 @@ def test_mutated_frames_are_read_or_refused_with_a_frame_error() -> None:
             m.Interest(root),
             m.Availability(root, 12, b"\xff\xf0"),
             m.Have(root, ((1, 2), (5, 1))),
-            m.Records(root, {"sig": [b"x"]}),
+            m.Records(root, (m.PathRecord(0, ("k:A",), ("a", "b"), "d", "c"), m.PathRecord(3)), more=True),
             m.Want((key, key)),
             m.Block(key, m.Encoding.RAW, 5, (b"hello",)),
             m.DontHave((key,)),
@@ -278,3 +294,15 @@ def test_the_short_cut_for_block_headers_agrees_with_the_decoder(
         header[at] = byte
     usual = m._usual_block_header(bytes(header))
     assert usual is None or usual == dagcbor.decode(bytes(header))
+
+
+def test_long_records_are_spread_over_frames() -> None:
+    root = CID.of(Codec.DAG_CBOR, b"r")
+    some = [m.PathRecord(number, tuple(f"key-{k}:{'A' * 86}==" for k in range(9))) for number in range(10_000)]
+    huge = m.PathRecord(10_000, references=tuple(f"{number:0240d}" for number in range(16_000)))
+    frames = list(m.records_frames(root, [*some, huge]))
+    assert [each for frame in frames for each in frame.paths] == some
+    assert [frame.more for frame in frames] == [True] * (len(frames) - 1) + [False]
+    assert all(len(wire(frame)) <= m.RECORDS_SIZE + m.PREFIX_SIZE for frame in frames)
+    assert read(wire(*frames)) == frames
+    assert list(m.records_frames(root, [])) == [m.Records(root, ())]

@@ -276,3 +276,66 @@ def test_cpu_of_a_download_of_400_000_chunks() -> None:
     finish(sim, leecher, content=content)
     assert leecher.cpu_seconds / 400_000 < 200e-6
     assert leecher.longest_event < 2.0
+
+
+def neighbours(near: bool) -> tuple[float, float]:
+    """Three on one network and four seeds elsewhere: copies that came from afar, and seconds."""
+    sim = Simulator()
+    content = Content.of(1024)
+    far = [sim.node(f"far{i}", has=content) for i in range(4)]
+    here = [sim.node(f"here{i}", up=10 * RATE, down=2 * RATE) for i in range(3)]
+    sim.connect_all()
+    for one in here:
+        for other in here:
+            if near and one is not other:
+                one.handle(ev.PeerNear(other.name, True))
+    for node in here:
+        node.fetch(content)
+    seconds = finish(sim, *here, content=content)
+    return sum(node.sent_bytes for node in far) / content.bytes, seconds
+
+
+def test_neighbours_get_most_from_each_other() -> None:
+    copies, seconds = neighbours(near=True)
+    anyhow, otherwise = neighbours(near=False)
+    assert copies < 1.55 < 1.8 < anyhow
+    assert seconds < 1.5 * otherwise
+
+
+def test_a_slow_neighbour_holds_nobody_up() -> None:
+    sim = Simulator()
+    sim.node("far", has=IMAGE)
+    sim.node("near", up=1 * MBIT, has=IMAGE)
+    leecher = sim.node("leecher")
+    sim.connect_all()
+    leecher.handle(ev.PeerNear("near", True))
+    leecher.fetch(IMAGE)
+    assert finish(sim, leecher) < 1.3 * IMAGE.bytes / RATE
+
+
+def test_a_neighbour_with_everything_is_asked_alone_once_it_is_known_to_be_fast() -> None:
+    sim = Simulator()
+    far = sim.node("far", up=RATE / 4, has=IMAGE)
+    sim.node("near", has=IMAGE)
+    leecher = sim.node("leecher")
+    sim.connect_all()
+    leecher.handle(ev.PeerNear("near", True))
+    leecher.fetch(IMAGE)
+    assert finish(sim, leecher) < 1.3 * IMAGE.bytes / RATE
+    assert far.sent_bytes < 0.15 * IMAGE.bytes
+
+
+def test_near_and_far_again_keeps_the_counts() -> None:
+    sim = Simulator()
+    sim.node("part", has=IMAGE, part=range(0, 256, 2))
+    sim.node("seed", up=RATE / 10, has=IMAGE)
+    leecher = sim.node("leecher")
+    sim.connect_all()
+    leecher.fetch(IMAGE)
+    for near in (True, False, True, True, False):
+        leecher.handle(ev.PeerNear("part", near))
+    sim.run(lambda: len(leecher.arrived) >= 10)
+    leecher.handle(ev.PeerNear("part", True))
+    sim.kill("part")
+    finish(sim, leecher)
+    assert not any(leecher.swarm._downloads[IMAGE.id].near_copies)

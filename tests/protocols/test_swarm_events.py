@@ -74,6 +74,14 @@ class SwarmMachine(RuleBasedStateMachine):
     def got(self, peer: str, id: bytes, got: set[int]) -> None:
         self.tell(ev.PeerGot(peer, id, tuple(ranges_of([i for i in got if i < len(CONTENTS[id])]))))
 
+    @rule(peer=peers, near=st.booleans())
+    def near(self, peer: str, near: bool) -> None:
+        self.tell(ev.PeerNear(peer, near))
+
+    @rule(peer=peers, seconds=st.floats(0, 1))
+    def rtt(self, peer: str, seconds: float) -> None:
+        self.tell(ev.PeerRtt(peer, seconds))
+
     @rule(peer=peers, keys=some)
     def holds(self, peer: str, keys: list[bytes]) -> None:
         self.tell(ev.PeerHolds(peer, keys))

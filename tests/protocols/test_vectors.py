@@ -31,6 +31,8 @@ def shown(value: Any) -> Any:
             return value.hex()
         case tuple():
             return [shown(part) for part in value]
+        case messages.PathRecord():
+            return {field.name: shown(getattr(value, field.name)) for field in fields(value)}
     return value
 
 

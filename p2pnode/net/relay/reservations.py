@@ -42,13 +42,15 @@ Candidate = tuple[str, Sequence[str]]
 
 @dataclass(frozen=True, slots=True)
 class ReservationStatistics:
-    """`waiting`: enabled, and reachable through no relay now. `failures`: why each was last tried in vain."""
+    """`waiting`: enabled, and reachable through no relay now. `failures`: why each was last tried in vain, and
+    `refusals`: with which status of the protocol, where the relay itself said no."""
 
     enabled: bool
     waiting: bool
     held: tuple[Reservation, ...]
     trying: tuple[str, ...]
     failures: Mapping[str, str]
+    refusals: Mapping[str, int]
 
 
 @dataclass(slots=True)
@@ -69,7 +71,11 @@ class _Failure:
     count: int
     at: float
     pause: float
-    refused: bool
+    refusal: int | None  # the relay's status
+
+    @property
+    def refused(self) -> bool:
+        return self.refusal is not None
 
 
 class ReservationKeeper:
@@ -135,6 +141,7 @@ class ReservationKeeper:
             held=tuple(held),
             trying=tuple(relay for relay, slot in self._slots.items() if slot.reservation is None),
             failures={relay: failure.why for relay, failure in self._failures.items()},
+            refusals={relay: each.refusal for relay, each in self._failures.items() if each.refusal is not None},
         )
 
     async def run(self) -> None:
@@ -201,7 +208,7 @@ class ReservationKeeper:
 
     async def _hold(self, relay: str, addrs: Sequence[str], slot: _Slot) -> None:
         """Get a reservation at `relay` and keep it. Ends with a failure on record, or cancelled."""
-        failure: tuple[str, float] | None = None
+        failure: tuple[str, float, int | None] | None = None
         try:
             with slot.scope:
                 with trio.fail_after(ATTEMPT_TIMEOUT):
@@ -221,14 +228,14 @@ class ReservationKeeper:
                         break
                     with trio.fail_after(ATTEMPT_TIMEOUT):
                         reservation = await reserve(self._network, relay)
-                failure = f"the connection to relay {relay} was lost", PAUSE_LOST
+                failure = f"the connection to relay {relay} was lost", PAUSE_LOST, None
         except trio.TooSlowError:
-            failure = f"relay {relay} did not answer within {ATTEMPT_TIMEOUT:.0f} s", PAUSE_BROKEN
+            failure = f"relay {relay} did not answer within {ATTEMPT_TIMEOUT:.0f} s", PAUSE_BROKEN, None
         except RelayRefused as exc:
-            failure = str(exc), PAUSE_REFUSED
+            failure = str(exc), PAUSE_REFUSED, exc.status
         except NodeError as exc:
             gone = slot.lost.is_set() or isinstance(exc, PeerUnreachable)
-            failure = str(exc), PAUSE_LOST if gone else PAUSE_BROKEN
+            failure = str(exc), PAUSE_LOST if gone else PAUSE_BROKEN, None
         finally:
             if self._slots.get(relay) is slot:
                 del self._slots[relay]
@@ -237,11 +244,10 @@ class ReservationKeeper:
                 self._changed(lost=failure is not None)
                 self._wake.set()
 
-    def _failed(self, relay: str, why: str, pause: float) -> None:
+    def _failed(self, relay: str, why: str, pause: float, refusal: int | None) -> None:
         count = self._failures[relay].count + 1 if relay in self._failures else 1
-        refused = pause == PAUSE_REFUSED
         pause = min(MAX_PAUSE, pause * 2 ** min(count - 1, 10)) * (0.75 + self._chance.random() / 2)
-        self._failures[relay] = _Failure(why, count, trio.current_time(), pause, refused)
+        self._failures[relay] = _Failure(why, count, trio.current_time(), pause, refusal)
         log.log(logging.INFO if count == 1 else logging.DEBUG, "%s; trying again in %.1f s", why, pause)
 
     def _disconnected(self, peer: str) -> None:

@@ -1,0 +1,238 @@
+"""A small HTTP/1.1 server for trio: h11 decides, this file does the reading and writing, everything with a limit.
+
+Bodies of known length only: who gets fewer bytes than Content-Length said knows that something went wrong. Bytes of a
+body go from the handler's buffer to the socket without a copy.
+"""
+
+from __future__ import annotations
+
+import logging
+import socket
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from contextlib import aclosing
+from dataclasses import dataclass, field
+
+import h11
+import trio
+
+from p2pnode.errors import NotListening
+
+log = logging.getLogger(__name__)
+
+MAX_HEAD = 16 << 10  # bytes of a request line and its headers; Nix sends 150
+MAX_CONNECTIONS = 256  # Nix opens up to 25 (http-connections), and a machine has several users
+HEAD_SECONDS = 15.0  # for one whole request head, from its first byte
+IDLE_SECONDS = 120.0  # of a connection kept alive; curl drops its own after 118
+WRITE_SECONDS = 120.0  # for one piece: a reader that takes no 256 KiB in this time has gone
+WRITE_PIECE = 256 << 10
+READ_SIZE = 16 << 10
+BACKLOG = 128
+
+Body = AsyncIterator[bytes | memoryview]
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """`headers` by lower-case name; of repeated ones the last."""
+
+    method: str
+    target: str
+    headers: Mapping[str, str]
+
+
+@dataclass(frozen=True, slots=True)
+class Response:
+    """`body`: bytes, or pieces that add up to `length`; nothing of it is taken for HEAD."""
+
+    status: int
+    headers: tuple[tuple[str, str], ...] = ()
+    body: bytes | Body = b""
+    length: int = -1
+
+    @property
+    def size(self) -> int:
+        return len(self.body) if isinstance(self.body, bytes) else self.length
+
+
+class Broken(Exception):
+    """For a body's iterator to raise: the rest cannot be had, so the connection is broken. `str()` says why."""
+
+
+Handler = Callable[[Request], Awaitable[Response]]
+
+
+@dataclass(eq=False)
+class _Connection:
+    stream: trio.SocketStream
+    scope: trio.CancelScope = field(default_factory=trio.CancelScope)
+    idle_since: float | None = None
+
+
+class Server:
+    """Serves until cancelled. `handler` must not raise; should it do so all the same, the client is told 404.
+
+    404 because that is an answer Nix can live with, and 500 is not: it repeats the request for 4.5 s and then fails.
+    """
+
+    def __init__(self, handler: Handler, *, max_connections: int = MAX_CONNECTIONS) -> None:
+        self._handler = handler
+        self._max = max_connections
+        self._connections: set[_Connection] = set()
+        self._ended = trio.Event()
+
+    @property
+    def connections(self) -> int:
+        return len(self._connections)
+
+    async def run(
+        self, host: str, port: int, *, task_status: trio.TaskStatus[list[str]] = trio.TASK_STATUS_IGNORED
+    ) -> None:
+        """Listen; `task_status` gets the addresses as `HOST:PORT`. Raises NotListening."""
+        try:
+            listeners = await trio.open_tcp_listeners(port, host=host, backlog=BACKLOG)
+        except OSError as error:
+            raise NotListening(f"the gateway cannot listen on {host}:{port}: {error.strerror or error}") from error
+        async with trio.open_nursery() as nursery:
+            for listener in listeners:
+                nursery.start_soon(self._accept, listener, nursery)
+            task_status.started([_name(listener.socket) for listener in listeners])
+
+    async def _accept(self, listener: trio.SocketListener, nursery: trio.Nursery) -> None:
+        async with listener:
+            while True:
+                while len(self._connections) >= self._max and not self._end_idle():
+                    await self._ended.wait()
+                try:
+                    stream = await listener.accept()
+                except OSError as error:  # out of descriptors, or gone before it was accepted
+                    log.warning("gateway: a connection could not be accepted: %s", error.strerror)
+                    await trio.sleep(0.1)
+                    continue
+                connection = _Connection(stream)
+                self._connections.add(connection)
+                nursery.start_soon(self._connection, connection)
+
+    def _end_idle(self) -> bool:
+        """Make room by ending the connection that has been idle for longest; False if all are at work."""
+        idle = [each for each in self._connections if each.idle_since is not None]
+        if not idle:
+            return False
+        oldest = min(idle, key=lambda each: each.idle_since or 0.0)
+        oldest.scope.cancel()
+        self._connections.discard(oldest)
+        return True
+
+    async def _connection(self, connection: _Connection) -> None:
+        stream = connection.stream
+        try:
+            with connection.scope:
+                stream.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+                await self._talk(connection)
+        except (trio.BrokenResourceError, trio.ClosedResourceError, OSError):
+            pass  # the client went away
+        except Exception:
+            log.exception("gateway: a connection failed")
+        finally:
+            self._connections.discard(connection)
+            self._ended.set()
+            self._ended = trio.Event()
+            with trio.CancelScope(shield=True, deadline=trio.current_time() + 1):
+                await trio.aclose_forcefully(stream)
+
+    async def _talk(self, connection: _Connection) -> None:
+        http = h11.Connection(h11.SERVER, max_incomplete_event_size=MAX_HEAD)
+        while True:
+            try:
+                request = await self._request(connection, http)
+            except h11.RemoteProtocolError as error:
+                if http.our_state in (h11.IDLE, h11.SEND_RESPONSE):
+                    refusal = Response(error.error_status_hint, (("Connection", "close"),), b"bad request\n")
+                    await self._respond(connection.stream, http, refusal, "GET")
+                return
+            if request is None:
+                return
+            try:
+                response = await self._handler(request)
+            except Exception:
+                log.exception("gateway: %s %.200s failed", request.method, request.target)
+                response = Response(404, (), b"not found\n")
+            if not await self._respond(connection.stream, http, response, request.method):
+                return
+            if http.our_state is not h11.DONE or http.their_state is not h11.DONE:
+                return
+            http.start_next_cycle()
+
+    async def _request(self, connection: _Connection, http: h11.Connection) -> Request | None:
+        """The next request; None at the end of the connection. Raises h11.RemoteProtocolError."""
+        head: h11.Request | None = None
+        connection.idle_since = trio.current_time()
+        with trio.CancelScope(deadline=trio.current_time() + IDLE_SECONDS) as scope:
+            while True:
+                event = http.next_event()
+                if event is h11.NEED_DATA:
+                    data = await connection.stream.receive_some(READ_SIZE)
+                    if connection.idle_since is not None and data:
+                        connection.idle_since = None
+                        scope.deadline = trio.current_time() + HEAD_SECONDS
+                    http.receive_data(data)
+                elif isinstance(event, h11.Request):
+                    head = event
+                elif isinstance(event, h11.Data):
+                    raise h11.RemoteProtocolError("a request with a body", error_status_hint=413)
+                elif isinstance(event, h11.EndOfMessage) and head is not None:
+                    headers = {name.decode("latin-1"): value.decode("latin-1") for name, value in head.headers}
+                    connection.idle_since = None
+                    return Request(head.method.decode("latin-1"), head.target.decode("latin-1"), headers)
+                else:  # h11.ConnectionClosed, h11.PAUSED
+                    return None
+        return None
+
+    async def _respond(self, stream: trio.SocketStream, http: h11.Connection, response: Response, method: str) -> bool:
+        """Whether all of it was sent."""
+        headers = [*response.headers, ("Content-Length", str(response.size))]
+        head = http.send(h11.Response(status_code=response.status, headers=headers)) or b""
+        if isinstance(response.body, bytes):
+            data = b"" if method == "HEAD" or not response.body else http.send(h11.Data(data=response.body)) or b""
+            end = http.send(h11.EndOfMessage()) or b""
+            return await _write(stream, head + data + end)
+        async with aclosing(response.body) as pieces:  # type: ignore[type-var]
+            if method == "HEAD":
+                http.send(h11.EndOfMessage())
+                return await _write(stream, head)
+            first = head
+            try:
+                async for piece in pieces:
+                    # One write for the head and the first bytes: two would wait for each other's acknowledgement.
+                    http.send_with_data_passthrough(h11.Data(data=piece))  # type: ignore[arg-type]
+                    if first:
+                        if not await _write(stream, first + bytes(piece[:WRITE_PIECE])):
+                            return False
+                        piece = memoryview(piece)[WRITE_PIECE:]
+                        first = b""
+                    view = memoryview(piece)
+                    for start in range(0, len(view), WRITE_PIECE):
+                        if not await _write(stream, view[start : start + WRITE_PIECE]):
+                            return False
+            except Broken as error:
+                log.warning("gateway: a body is broken off: %s", error)
+                return False
+            if first and not await _write(stream, first):
+                return False
+        http.send(h11.EndOfMessage())
+        return True
+
+
+async def _write(stream: trio.SocketStream, data: bytes | memoryview) -> bool:
+    if not data:
+        return True
+    with trio.move_on_after(WRITE_SECONDS) as scope:
+        await stream.send_all(data)
+    if scope.cancelled_caught:
+        log.warning("gateway: a client took no data for %.0f s; it is disconnected", WRITE_SECONDS)
+        return False
+    return True
+
+
+def _name(sock: trio.socket.SocketType) -> str:
+    host, port = sock.getsockname()[:2]
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"

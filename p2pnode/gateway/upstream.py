@@ -1,0 +1,208 @@
+"""Upstream binary caches: asked for narinfos beside the swarm, and for a NAR when the swarm has too little of it.
+
+A cache that hangs or fails is left alone for a while: Nix asks for thousands of paths, and each would wait for it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from contextlib import asynccontextmanager, contextmanager
+from pathlib import Path
+
+import trio
+
+from p2pnode.errors import NarInfoError, NodeError, StoreError
+from p2pnode.images.chunker import chunk_stream, sha256
+from p2pnode.nix.binary_cache import BinaryCache, open_cache
+from p2pnode.nix.content_address import ContentCheck, names_path
+from p2pnode.nix.narinfo import NarInfo
+from p2pnode.nix.storepath import infer_ca
+from p2pnode.store import Store
+from p2pnode.store.records import Origin
+from p2pnode.store.space import check_space, write_failure
+from protocols.manifest import FASTCDC, Image, ImageObject, Kind, encode_image
+
+log = logging.getLogger(__name__)
+
+REST_SECONDS = 30.0
+FAILURES = 2  # in a row, after which a cache rests: one may be this path's fault
+LANDING_BATCH = 4 << 20
+
+
+class Upstream:
+    """One cache, and whether it is worth asking."""
+
+    def __init__(self, cache: BinaryCache) -> None:
+        self.cache = cache
+        self._failures = 0
+        self._resting_until = float("-inf")
+
+    @property
+    def resting(self) -> bool:
+        return trio.current_time() < self._resting_until
+
+    async def narinfo(self, part: str, seconds: float) -> NarInfo | None:
+        """What the cache says about a hash part (32 digits); None also if it fails, which is logged."""
+        finished = False
+        try:
+            with trio.move_on_after(seconds):
+                narinfo = await self.cache.narinfo(part)
+                finished = True
+            if not finished:
+                self.failed(f"no answer within {seconds:g} s")
+                return None
+        except NarInfoError as error:  # of this path; says nothing of others
+            log.warning("upstream %s: %s", self.cache.url, error)
+            return None
+        except NodeError as error:
+            self.failed(str(error))
+            return None
+        self._failures = 0
+        return narinfo
+
+    def failed(self, reason: str) -> None:
+        self._failures += 1
+        if self._failures >= FAILURES:
+            self._resting_until = trio.current_time() + REST_SECONDS
+            reason += f"; it is not asked for {REST_SECONDS:.0f} s"
+        log.warning("upstream %s: %s", self.cache.url, reason)
+
+
+@asynccontextmanager
+async def open_upstreams(urls: Sequence[str]) -> AsyncIterator[list[Upstream]]:
+    """The caches, closed at the end. Raises UsageError for what is no URL of a cache."""
+    async with contextlib.AsyncExitStack() as stack:
+        yield [Upstream(await stack.enter_async_context(open_cache(url))) for url in urls]
+
+
+class Spool:
+    """A NAR on its way from an upstream cache, in a nameless file that readers follow as it grows.
+
+    The last piece is written only when the whole was verified.
+    """
+
+    def __init__(self, narinfo: NarInfo, directory: Path) -> None:
+        self.narinfo = narinfo
+        self.size = narinfo.info.nar_size
+        self.written = 0
+        self.finished = trio.Event()
+        self.imported = trio.Event()  # it is in the store now, or will never be
+        self.failure: NodeError | None = None
+        self._changed = trio.Event()
+        self._directory = directory
+        self._fd = -1
+
+    def __enter__(self) -> Spool:
+        try:
+            self._fd = os.open(self._directory, os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC, 0o600)
+        except OSError as error:
+            raise write_failure(self._directory, error) from error
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        fd, self._fd = self._fd, -1
+        if fd >= 0:
+            os.close(fd)
+
+    async def fill(self, cache: BinaryCache) -> None:
+        """Download and verify. Raises NodeError of any kind; readers then see `failure`."""
+        info = self.narinfo.info
+        await trio.to_thread.run_sync(check_space, self._directory, self.size)
+        proof = ContentCheck(info) if names_path(info) else None
+        held: bytes = b""
+        async with contextlib.aclosing(cache.nar(self.narinfo)) as pieces:
+            async for piece in pieces:
+                await self._write(held)
+                if proof is not None:
+                    await trio.to_thread.run_sync(proof.feed, piece)
+                held = piece
+        if proof is not None:
+            await trio.to_thread.run_sync(proof.finish)
+        await self._write(held)
+
+    async def _write(self, data: bytes) -> None:
+        while data:
+            try:
+                count = await trio.to_thread.run_sync(os.pwrite, self._fd, data, self.written)
+            except OSError as error:
+                raise write_failure(self._directory, error) from error
+            self.written += count
+            data = data[count:]
+        self._change()
+
+    def end(self, failure: NodeError | None) -> None:
+        self.failure = failure
+        self.finished.set()
+        self._change()
+
+    def _change(self) -> None:
+        self._changed.set()
+        self._changed = trio.Event()
+
+    async def wait(self, offset: int) -> None:
+        """Until there are bytes at `offset`. Raises what ended the download before."""
+        while self.written <= offset:
+            if self.failure is not None:
+                raise self.failure
+            await self._changed.wait()
+
+    @contextmanager
+    def reader(self) -> Iterator[Callable[[int, int], bytes]]:
+        """Reads `size` bytes at `offset`; goes on when the download has ended and this object is closed.
+
+        Raises StoreError if it is closed already: then the NAR is in the store."""
+        if self._fd < 0:
+            raise StoreError(f"the NAR of {self.narinfo.info.path} has gone into the store meanwhile; ask again")
+        fd = os.dup(self._fd)
+        try:
+            yield lambda offset, size: os.pread(fd, size, offset)
+        finally:
+            os.close(fd)
+
+    def into_store(self, store: Store) -> Image:
+        """Make it an image of kind `store-path`, the same that a machine with this path would provide. Blocks."""
+        info = self.narinfo.info
+        at = 0
+
+        def fill(view: memoryview) -> int:
+            nonlocal at
+            count = os.preadv(self._fd, [view], at)
+            at += count
+            return count
+
+        chunked = chunk_stream(fill, FASTCDC, sha256())
+        ca = infer_ca(info.path, info.nar_hash, info.references)
+        itself = (0,) if info.path in info.references else ()
+        address = None if ca is None else str(ca)
+        obj = ImageObject(info.path.base_name, self.size, chunked.layout, chunked.digest, None, itself, address)
+        encoded = encode_image(Kind.STORE_PATH, {}, [obj])
+        image = Image(encoded.id, Kind.STORE_PATH, {}, (obj,), tuple(encoded.blocks))
+        with store.catalog.transaction():
+            store.put_blocks(encoded.blocks)
+            store.add_image(image, name=info.path.name, origin=Origin.FETCHED, complete=False, path=None)
+        landing = store.landing(image)
+        try:
+            here = dict(zip(image.chunks, store.held(image.chunks), strict=True))
+            batch: list[tuple[bytes, tuple[bytes]]] = []
+            offset = size = 0
+            for digest, length in zip(chunked.layout.digests, chunked.layout.sizes, strict=True):
+                if not here[digest]:
+                    here[digest] = 1
+                    batch.append((digest, (os.pread(self._fd, length, offset),)))
+                    size += length
+                offset += length
+                if size >= LANDING_BATCH:
+                    landing.accept_many(batch)
+                    batch, size = [], 0
+            if batch:
+                landing.accept_many(batch)
+        finally:
+            landing.close()
+        store.mark_complete(image.id, None)
+        return image

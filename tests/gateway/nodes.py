@@ -1,0 +1,199 @@
+"""Nodes with gateways over an in-memory network: stores, exchange, HTTP and signatures are real."""
+
+from __future__ import annotations
+
+import hashlib
+import random
+from collections.abc import AsyncIterator, Mapping, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import httpx
+import trio
+
+from p2pnode.errors import NodeError
+from p2pnode.gateway.gateway import Gateway, Services, Settings
+from p2pnode.gateway.peers import NarinfoServer
+from p2pnode.gateway.records import PathRecords, part_of
+from p2pnode.images.objects import ImportRun
+from p2pnode.images.paths import keep_registered
+from p2pnode.net.memory import MemoryFabric, MemoryNetwork, MemoryRouter
+from p2pnode.nix.cli import PathInfo
+from p2pnode.nix.hashes import nix32_encode
+from p2pnode.nix.narmap import dump
+from p2pnode.nix.signatures import SecretKey, SignedInfo
+from p2pnode.nix.storepath import StorePath
+from p2pnode.nix.trust import TrustedKeys
+from p2pnode.nix.trust_policy import Trust
+from p2pnode.progress import silent
+from p2pnode.store import Store
+from p2pnode.store.records import Origin
+from p2pnode.swarm.exchange import Exchange
+from p2pnode.swarm.fetcher import Fetcher
+from p2pnode.swarm.holdings import chunk_key
+from protocols.cid import CID
+from protocols.manifest import FASTCDC, Image, ImageObject, Kind, encode_image
+from protocols.narinfo import nar_key, provider_key
+from tests.nix.caches import KEYS, SECRET
+
+DEMANDED = Trust(KEYS, demanded=True)
+NOT_DEMANDED = Trust(TrustedKeys(), demanded=False)
+
+
+Closure = Mapping[str, tuple[bytes, Sequence[str]]]
+
+
+@dataclass(frozen=True)
+class Path_:
+    """One path of a test closure: what is registered, and its NAR."""
+
+    signed: SignedInfo
+    nar: bytes
+
+    @property
+    def path(self) -> StorePath:
+        return self.signed.info.path
+
+    @property
+    def narinfo_url(self) -> str:
+        return f"/{self.path.digest}.narinfo"
+
+    @property
+    def nar_url(self) -> str:
+        return f"/nar/{nix32_encode(self.signed.info.nar_hash)}.nar"
+
+
+class Node:
+    """Everything of a node but libp2p."""
+
+    def __init__(self, home: Path, network: MemoryNetwork, registry: dict[bytes, set[str]]) -> None:
+        home.mkdir()
+        self.home = home
+        self.name = network.peer_id
+        self.store = Store.open(home)
+        self.network = network
+        self.router = MemoryRouter(registry, self.name)
+        self.exchange = Exchange(network, self.store, self._find, agent="test")
+        self.fetcher = Fetcher(self.store, self.exchange, self._discover, self._announce)
+        self.records = PathRecords(self.store)
+        self.server = NarinfoServer(network, self.records)
+        self.locks: dict[CID, trio.Lock] = {}
+
+    async def _find(self, root: CID, keys: Sequence[bytes]) -> dict[str, list[bytes]]:
+        found = await self.router.find([root.to_bytes(), *keys])
+        return {provider.peer: [] for providers in found.values() for provider in providers}
+
+    async def _discover(self, root: CID) -> int:
+        found = await self._find(root, ())
+        for peer in found:
+            try:
+                await self.exchange.join(peer)
+            except NodeError:
+                continue
+        return len(found)
+
+    def _announce(self, image: Image) -> None:
+        self.router.provide([image.id.to_bytes()])
+
+    def services(self) -> Services:
+        return Services(
+            self.network,
+            self.router,
+            self.store,
+            self.exchange,
+            self.fetcher,
+            self.records,
+            self._discover,
+            self._announce,
+            lambda root: self.locks.setdefault(root, trio.Lock()),
+            trio.lowlevel.checkpoint,
+        )
+
+    def provide(
+        self, closure: Mapping[str, tuple[bytes, Sequence[str]]], key: SecretKey | None = SECRET
+    ) -> list[Path_]:
+        """Provide a closure of single files, name -> (contents, names of references); references first."""
+        run = ImportRun(self.store, FASTCDC, silent, lambda: False)
+        made: dict[str, Path_] = {}
+        objects: dict[str, ImageObject] = {}
+        for name, (data, references) in closure.items():
+            digest = nix32_encode(hashlib.sha256(name.encode() + data[:64]).digest()[:20])
+            path = StorePath(digest, name)
+            tree = self.home / "nix" / "store" / path.base_name
+            tree.parent.mkdir(parents=True, exist_ok=True)
+            tree.write_bytes(data)
+            obj = objects[path.base_name] = run.nar(tree, path.base_name)
+            assert obj.nar_hash is not None
+            info = PathInfo(
+                path, obj.nar_hash, obj.size, tuple(sorted(made[each].path for each in references)), None, None
+            )
+            signatures = () if key is None else (key.sign(info),)
+            made[name] = Path_(SignedInfo(info, signatures), b"".join(map(bytes, dump(tree))))
+        order = sorted(objects)
+        numbers = {base_name: number for number, base_name in enumerate(order)}
+        finished = []
+        for base_name in order:
+            each = next(each for each in made.values() if each.path.base_name == base_name)
+            references = tuple(sorted(numbers[ref.base_name] for ref in each.signed.info.references))
+            obj = objects[base_name]
+            finished.append(ImageObject(base_name, obj.size, obj.layout, obj.nar_hash, None, references, None))
+        attributes = {"root": numbers[list(made.values())[-1].path.base_name]}
+        encoded = encode_image(Kind.CLOSURE, attributes, finished)
+        image = Image(encoded.id, Kind.CLOSURE, attributes, tuple(finished), tuple(encoded.blocks))
+        self.store.put_blocks(encoded.blocks)
+        self.store.add_image(image, name="closure", origin=Origin.PROVIDED, complete=True, path=str(self.home))
+        keep_registered(self.store, image, [each.signed for each in made.values()])
+        self.records.learn(image)
+        keys = [image.id.to_bytes(), *map(chunk_key, image.chunks)]
+        for each in made.values():
+            keys += [nar_key(each.signed.info.nar_hash), provider_key(part_of(each.path))]
+        self.router.provide(keys)
+        return list(made.values())
+
+
+class World:
+    """The network, and the gateways that were opened in it."""
+
+    def __init__(self, tmp_path: Path, nursery: trio.Nursery) -> None:
+        self.tmp_path = tmp_path
+        self.nursery = nursery
+        self.fabric = MemoryFabric(nursery)
+        self.registry: dict[bytes, set[str]] = {}
+        self.nodes: list[Node] = []
+        self.gateways: list[Gateway] = []
+
+    async def node(self, name: str) -> Node:
+        node = Node(self.tmp_path / name, self.fabric.node(name), self.registry)
+        self.nodes.append(node)
+        await self.nursery.start(node.exchange.run)
+        return node
+
+    async def gateway(self, node: Node, trust: Trust = DEMANDED, **settings: object) -> httpx.AsyncClient:
+        """A client of a gateway of `node`; no request of it waits for more than 20 s."""
+        chosen = Settings(**{"host": "127.0.0.1", "port": 0, **settings})  # type: ignore[arg-type]
+
+        async def run(task_status: trio.TaskStatus[httpx.AsyncClient]) -> None:
+            async with Gateway.open(chosen, node.services(), trust, node.home / "spool") as gateway:
+                url = f"http://{gateway.addresses[0]}"
+                async with httpx.AsyncClient(base_url=url, timeout=20, trust_env=False) as client:
+                    self.gateways.append(gateway)
+                    task_status.started(client)
+                    await trio.sleep_forever()
+
+        client: httpx.AsyncClient = await self.nursery.start(run)
+        return client
+
+
+@asynccontextmanager
+async def open_world(tmp_path: Path) -> AsyncIterator[World]:
+    async with trio.open_nursery() as nursery:
+        world = World(tmp_path, nursery)
+        yield world
+        nursery.cancel_scope.cancel()
+    for node in world.nodes:
+        node.store.close()
+
+
+def content(size: int, seed: int = 1) -> bytes:
+    return random.Random(seed).randbytes(size)

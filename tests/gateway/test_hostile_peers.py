@@ -1,0 +1,109 @@
+"""Peers that answer look-ups with anything but the truth."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+import pytest
+import trio
+
+from p2pnode.errors import StreamClosed
+from p2pnode.gateway.peers import receive_frame
+from p2pnode.gateway.records import narinfo_of
+from p2pnode.net.transport import Stream
+from protocols.cid import CID, Codec
+from protocols.narinfo import MAX_REQUEST, PROTOCOL, Found, decode_request, encode_answer
+from tests.gateway.nodes import World, content
+from tests.nix.caches import path, text, vectors
+
+Reply = Callable[[Stream, tuple[bytes, ...]], Awaitable[None]]
+NO_IMAGE = CID(Codec.DAG_CBOR, bytes(32))
+
+
+async def liar(world: World, name: str, reply: Reply) -> None:
+    """A peer that is connected and answers every look-up with `reply`."""
+
+    async def serve(stream: Stream) -> None:
+        while (body := await receive_frame(stream, MAX_REQUEST)) is not None:
+            await reply(stream, decode_request(body))
+
+    world.fabric.node(name).handle(PROTOCOL, serve)
+
+
+@pytest.mark.parametrize("each", vectors("reject"))
+async def test_rejected_vectors(world: World, each: dict[str, Any]) -> None:
+    async def reply(stream: Stream, keys: tuple[bytes, ...]) -> None:
+        found = Found(text(each).decode("utf-8", "replace"), NO_IMAGE, 0)
+        await stream.send_all(encode_answer([found] * len(keys)))
+
+    await liar(world, "evil", reply)
+    node = await world.node("c")
+    await node.network.connect("evil")
+    client = await world.gateway(node)
+    answer = await client.get(f"/{path(each).digest}.narinfo")
+    if each["stage"] in ("parse", "identity", "signature") and each["name"] != "other-name":
+        assert answer.status_code == 404
+    else:  # the contents are wrong, and an image that has them does not exist
+        assert answer.status_code in (200, 404)
+    assert not node.store.images()
+
+
+@pytest.mark.parametrize("kind", ["garbage", "huge", "silent", "too many", "closes"])
+async def test_nonsense_is_bounded_in_time_and_hurts_nobody_else(world: World, kind: str) -> None:
+    async def reply(stream: Stream, keys: tuple[bytes, ...]) -> None:
+        match kind:
+            case "garbage":
+                await stream.send_all(b"\0\0\0\5hello")
+            case "huge":
+                await stream.send_all(b"\xff\xff\xff\xff")
+            case "silent":
+                await trio.sleep_forever()
+            case "too many":
+                await stream.send_all(encode_answer([None] * (len(keys) + 1)))
+            case "closes":
+                await stream.reset()
+
+    await liar(world, "evil", reply)
+    good, node = await world.node("p"), await world.node("c")
+    (lib,) = good.provide({"lib": (content(1000), ())})
+    await node.network.connect("evil")
+    client = await world.gateway(node, lookup_seconds=0.5)
+    assert (await client.get(lib.narinfo_url)).status_code == 200
+    assert (await client.get(lib.nar_url)).content == lib.nar
+    began = trio.current_time()
+    assert (await client.get("/" + "0" * 32 + ".narinfo")).status_code == 404
+    assert trio.current_time() - began < 2
+
+
+async def test_an_image_that_does_not_have_the_nar(world: World) -> None:
+    good, node = await world.node("p"), await world.node("c")
+    lib, _ = good.provide({"lib": (content(1000), ()), "tool": (content(2000, 2), ())})
+    (image,) = good.store.images()
+
+    async def reply(stream: Stream, keys: tuple[bytes, ...]) -> None:
+        records = good.records.of_part(keys[0]) if len(keys[0]) == 20 else good.records.of_nar(keys[0])
+        found = Found(narinfo_of(records[0].signed).format(), image.id, 1 - records[0].number)
+        await stream.send_all(encode_answer([found]))
+
+    world.registry.clear()
+    await liar(world, "evil", reply)
+    await node.network.connect("evil")
+    client = await world.gateway(node)
+    assert (await client.get(lib.narinfo_url)).status_code == 200
+    assert (await client.get(lib.nar_url, timeout=40)).status_code == 404
+    # Once somebody honest is connected, it is found at them.
+    await node.network.connect("p")
+    assert (await client.get(lib.nar_url)).content == lib.nar
+
+
+async def test_a_peer_that_asks_nonsense(world: World) -> None:
+    node = await world.node("p")
+    node.provide({"lib": (content(1000), ())})
+    other = world.fabric.node("evil")
+    for data in (b"\xff\xff\xff\xff", b"\0\0\0\1\xa0", b"\0\0\0\0", b"\0\0\4\0" + bytes(1024)):
+        stream = await other.open_stream("p", PROTOCOL)
+        await stream.send_all(data)
+        with trio.fail_after(5):
+            with pytest.raises(StreamClosed):
+                await stream.receive_some(100)

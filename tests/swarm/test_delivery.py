@@ -1,0 +1,139 @@
+"""Into a real Nix store through a real daemon, over an in-memory network: interruptions, and stores that differ."""
+
+from __future__ import annotations
+
+import os
+import random
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from p2pnode.errors import DaemonError, DiskFull, VerificationFailed
+from p2pnode.images.importer import import_path
+from p2pnode.images.paths import keep_claims
+from p2pnode.nix.daemon import DaemonConnection, OpenNar
+from p2pnode.nix.signatures import SecretKey, SignedInfo
+from p2pnode.nix.storepath import StorePath
+from p2pnode.nix.trust import TrustedKeys
+from p2pnode.nix.trust_policy import Trust
+from p2pnode.store.records import Origin
+from p2pnode.swarm.delivery import IntoStore
+from p2pnode.swarm.fetcher import Fetched
+from protocols.manifest import Image, ImageObject, Kind, encode_image
+from tests.nix.stores import ChrootStore, NixDaemon
+
+from .test_exchange import Peer, World
+
+pytestmark = pytest.mark.nix
+
+KEY = SecretKey.generate("ours-1")
+TRUST = Trust(TrustedKeys([KEY.public_key()]), True)
+DEP, LIB, TOP = [StorePath(digit * 32, name) for digit, name in (("1", "dep"), ("2", "lib"), ("3", "top"))]
+SIZE = 1 << 20
+
+
+def data(name: str) -> bytes:
+    return random.Random(name).randbytes(SIZE)
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Iterator[ChrootStore]:
+    """The consumer's Nix store, with a daemon that `fetch` finds."""
+    made = ChrootStore(tmp_path / "c", f"trusted-public-keys = {KEY.public_key()}")
+    with NixDaemon(made):
+        yield made
+
+
+@pytest.fixture
+async def seed(world: World, tmp_path: Path) -> tuple[Peer, Image]:
+    source = ChrootStore(tmp_path / "source")
+    source.register([(DEP, data("dep"), []), (LIB, data("lib"), [DEP]), (TOP, data("top"), [LIB, TOP])])
+    peer = await world.peer("seed")
+    image = import_path(peer.store, Path(str(TOP)), nix_store=source.root).image
+    await keep_claims(peer.store, image, source.root, [KEY])
+    peer.router.provide([image.id.to_bytes()])
+    return peer, image
+
+
+async def fetch(peer: Peer, image: Image, store: ChrootStore, link: Path | None = None) -> Fetched:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("NIX_DAEMON_SOCKET_PATH", str(store.base / "socket"))
+        return await peer.fetch(image.id, to=IntoStore(store.root, link), trust=TRUST)
+
+
+async def test_an_import_that_stops_halfway_goes_on(
+    world: World, seed: tuple[Peer, Image], store: ChrootStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    leech, image = await world.peer("leech"), seed[1]
+    add_path = DaemonConnection.add_path
+
+    async def failing(
+        self: DaemonConnection, signed: SignedInfo, open_nar: OpenNar, *, check_signatures: bool = True
+    ) -> None:
+        if signed.info.path == LIB:
+            raise DiskFull("the Nix store is full")
+        await add_path(self, signed, open_nar, check_signatures=check_signatures)
+
+    link = tmp_path / "result"
+    monkeypatch.setattr(DaemonConnection, "add_path", failing)
+    with pytest.raises(DiskFull):
+        await fetch(leech, image, store, link)
+    assert store.valid() == {DEP} and not os.path.lexists(link)
+    assert leech.store.stats().owned_bytes >= 2 * SIZE, "what came is kept for the next try"
+    monkeypatch.undo()
+    again = await fetch(leech, image, store, link)
+    assert again.received_bytes < SIZE  # what was in flight when it stopped
+    assert again.delivered == {"store": {"added": 2, "present": 1, "root": str(link)}}
+    assert store.valid() == {DEP, LIB, TOP}
+    assert leech.store.stats().owned_bytes == 0 and leech.store.verify(image.id).ok
+
+
+async def test_a_path_that_was_built_differently_here_is_left_alone(
+    world: World, seed: tuple[Peer, Image], store: ChrootStore
+) -> None:
+    leech, image = await world.peer("leech"), seed[1]
+    store.register([(DEP, b"built here, and not reproducible", [])])
+    fetched = await fetch(leech, image, store)
+    assert fetched.delivered["store"] == {"added": 2, "present": 1, "root": None}
+    assert 2 * SIZE < fetched.received_bytes < 2.5 * SIZE
+    assert store.real(DEP).read_bytes() == b"built here, and not reproducible"
+    record = leech.store.record(image.id)
+    assert record is not None and not record.complete and 0 < record.held_chunks < record.chunks
+    # The next one gets from the leech what it has, and the rest from the seed.
+    other = await world.peer("other")
+    leech.router.provide([image.id.to_bytes()])
+    await other.fetch(image.id)
+    assert other.store.verify(image.id).ok
+
+
+async def test_one_path_needs_its_references_in_the_store(
+    world: World, seed: tuple[Peer, Image], store: ChrootStore, tmp_path: Path
+) -> None:
+    leech, peer = await world.peer("leech"), seed[0]
+    image = import_path(peer.store, Path(str(LIB)), kind=Kind.STORE_PATH, nix_store=tmp_path / "source/root").image
+    peer.router.provide([image.id.to_bytes()])
+    with pytest.raises(DaemonError, match="is not valid"):
+        await fetch(leech, image, store)
+    store.register([(DEP, data("dep"), [])])
+    fetched = await fetch(leech, image, store)
+    assert fetched.delivered["store"]["added"] == 1 and fetched.received_bytes == 0
+    assert store.info(LIB)[0].info.references == (DEP,)
+
+
+async def test_references_in_a_circle_are_the_images_fault(
+    world: World, seed: tuple[Peer, Image], store: ChrootStore
+) -> None:
+    leech, (peer, image) = await world.peer("leech"), seed
+    objects = [
+        ImageObject(obj.path, obj.size, obj.layout, obj.nar_hash, None, references)
+        for obj, references in zip(image.objects, ((1,), (2,), (0,)), strict=True)
+    ]
+    encoded = encode_image(Kind.CLOSURE, {"root": 2}, objects)
+    peer.store.put_blocks(encoded.blocks)
+    bad = Image(encoded.id, Kind.CLOSURE, {"root": 2}, tuple(objects), tuple(encoded.blocks))
+    peer.store.add_image(bad, name="bad", origin=Origin.PROVIDED, complete=True, path=None)
+    peer.router.provide([bad.id.to_bytes()])
+    with pytest.raises(VerificationFailed, match="refers to itself"):
+        await leech.fetch(bad.id, to=IntoStore(store.root), trust=Trust(TRUST.keys, False))
+    assert store.valid() == set()
