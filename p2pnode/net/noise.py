@@ -102,7 +102,7 @@ class _Cipher:
         self.n += 1
         return nonce
 
-    def seal(self, plaintext: bytes, out: memoryview) -> None:
+    def seal(self, plaintext: Buffer, out: memoryview) -> None:
         """Encrypt into `out`, which is TAG bytes longer."""
         if self.encrypt_into is not None:
             self.encrypt_into(self._nonce(), plaintext, None, out)
@@ -325,26 +325,30 @@ class NoiseConnection(BaseSession):  # type: ignore[misc]
         return self.conn.get_connection_type()
 
 
-def _pack(frames: Iterable[Sequence[Buffer]]) -> Iterator[bytes]:
-    """Plaintexts of at most MAX_PLAINTEXT bytes; a frame is divided only when it is longer than that."""
+def _pack(frames: Iterable[Sequence[Buffer]]) -> Iterator[Buffer]:
+    """Plaintexts of at most MAX_PLAINTEXT bytes; a frame is divided only when it is longer than that. Only what is
+    small is joined: of a long part, all but the first record is a slice."""
     parts: list[Buffer] = []
     used = 0
     for frame in frames:
         size = sum(map(len, frame))
-        if used + size <= MAX_PLAINTEXT:
+        if used + size > MAX_PLAINTEXT and parts:
+            yield b"".join(parts)
+            parts, used = [], 0
+        if size <= MAX_PLAINTEXT:
             parts.extend(frame)
             used += size
             continue
-        if parts:
-            yield b"".join(parts)
-        if size <= MAX_PLAINTEXT:
-            parts, used = list(frame), size
-            continue
-        whole = b"".join(frame)
-        full = size - size % MAX_PLAINTEXT
-        for pos in range(0, full, MAX_PLAINTEXT):
-            yield whole[pos : pos + MAX_PLAINTEXT]
-        parts, used = [whole[full:]], size - full
+        for part in frame:
+            view = memoryview(part)
+            while len(view):
+                piece = view[: MAX_PLAINTEXT - used]
+                view = view[len(piece) :]
+                parts.append(piece)
+                used += len(piece)
+                if used == MAX_PLAINTEXT or len(part) > MAX_PLAINTEXT:
+                    yield parts[0] if len(parts) == 1 else b"".join(parts)
+                    parts, used = [], 0
     if used:
         yield b"".join(parts)
 

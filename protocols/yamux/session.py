@@ -328,7 +328,8 @@ class Session:
 
     def data_to_send(self, max_bytes: int, now: float) -> list[Sequence[Buffer]]:
         """Frames to write now, each a tuple of buffers (header, then payload slices by reference): all control frames
-        first, then one data frame per stream in turn until about `max_bytes` are reached. `take_events` afterwards."""
+        first, then one data frame per stream in turn until about `max_bytes` are reached; of at most 64 KiB where
+        several streams wait. `take_events` afterwards."""
         out: list[Sequence[Buffer]] = []
         size = 0
         if self._updates:
@@ -346,7 +347,9 @@ class Session:
             if stream.id not in self._streams:
                 continue  # aborted since
             if stream.queued and stream.send_window:
-                frame, n = self._data_frame(stream)
+                # Nobody else waits: cutting what is sent at once into small frames would only cost both sides time.
+                limit = MAX_PAYLOAD if self._ready else max(MAX_PAYLOAD, max_bytes - size)
+                frame, n = self._data_frame(stream, limit)
                 out.append(frame)
                 size += n + HEADER_SIZE
                 if stream.want_room and stream.backlog <= SEND_LOW and self.closed is None:
@@ -367,9 +370,9 @@ class Session:
                 out.append((goodbye,))
         return out
 
-    def _data_frame(self, stream: Stream) -> tuple[tuple[Buffer, ...], int]:
+    def _data_frame(self, stream: Stream, limit: int) -> tuple[tuple[Buffer, ...], int]:
         parts = stream.parts
-        n = left = min(stream.queued, stream.send_window, MAX_PAYLOAD)
+        n = left = min(stream.queued, stream.send_window, limit)
         frame: list[Buffer] = [HEADER.pack(0, TYPE_DATA, 0, stream.id, n)]
         while left:
             part = parts[0]

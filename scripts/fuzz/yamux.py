@@ -128,8 +128,6 @@ class Referee:
                 return "data after the end"
             if length > self.credit[stream_id]:
                 return "data beyond the window"
-            if self._ours and length > MAX_PAYLOAD:
-                return "a frame that does not fit into a record"
             self.wrong_on = None
             self.credit[stream_id] -= length
         if kind == TYPE_WINDOW_UPDATE:

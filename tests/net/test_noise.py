@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 
 import pytest
 import trio
@@ -236,3 +237,15 @@ async def test_the_wrong_peer_is_refused() -> None:
                 RawConnection(TrioTCPStream(a), True), ID.from_pubkey(create_new_key_pair().public_key)
             )
         await a.aclose()
+
+
+@pytest.mark.parametrize(
+    "sizes", [(12, 300_000), (12, 60, 65_507), (12, 65_519, 65_520), (70_000, 5, 200_000, 1), (1,) * 100]
+)
+def test_long_frames_are_sliced_and_only_small_parts_joined(sizes: tuple[int, ...]) -> None:
+    frame = [os.urandom(size) for size in sizes]
+    records = list(noise._pack([frame, [b"next"]]))
+    assert b"".join(records) == b"".join(frame) + b"next"
+    assert all(0 < len(record) <= MAX_PLAINTEXT for record in records)
+    sliced = sum(len(record) for record in records if isinstance(record, memoryview))
+    assert sliced >= sum(size - MAX_PLAINTEXT for size in sizes if size > MAX_PLAINTEXT)
