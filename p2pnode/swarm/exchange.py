@@ -73,7 +73,7 @@ class Exchange:
         self._store = store
         self._finder = finder
         self._agent = agent
-        self._swarm = Swarm(random.Random())
+        self._swarm = Swarm(random.Random(), transport.peer_id)
         self._uploads = Uploads()
         self._holdings = Holdings(store)
         self.records = RecordBook(store, keys or TrustedKeys())

@@ -12,7 +12,6 @@ from __future__ import annotations
 import enum
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from itertools import chain
 from typing import Protocol
 
 RANDOM_FIRST = 4  # libtorrent's initial_picker_threshold
@@ -152,9 +151,20 @@ class Picker:
         """The chunks in the picker that only peers who have everything, or nobody, are known to have."""
         return self._buckets[0]
 
-    def below(self, level: int) -> Iterator[int]:
-        """The chunks that fewer than `level` peers are known to have."""
-        return chain.from_iterable(self._buckets[:level])
+    def search(self, has: Has, level: int) -> int | None:
+        """One of the rarest chunks, of those that fewer than `level` peers are known to have; not taken. Bounded."""
+        left = SCAN
+        for bucket in self._buckets[:level]:
+            size = len(bucket)
+            start = int(self._rng.random() * size)
+            for step in range(min(size, left)):
+                index = bucket[start + step - size]
+                if has(index):
+                    return index
+            left -= min(size, left)
+            if not left:
+                break
+        return None
 
     def _next_in_order(self, has: Has, skip: int = 0) -> int | None:
         while self._cursor < len(self._place) and self._place[self._cursor] < 0:

@@ -82,7 +82,9 @@ class Download:
         self.picker.seeds_only = True
         self.partial_peers = 0
         self.near_seeds = 0
-        self.near_since: float | None = None  # when all that was left to ask for was with neighbours
+        self.neighbours: set[str] = set()  # who fetch it too
+        self.sharers: list[str] = []  # they and we, in order
+        self.near_progress: float | None = None  # when neighbours last got something
         self.near_slow_until = float("-inf")
         self.near_copies = array("H", bytes(2 * len(event.keys)))  # of each chunk, at neighbours with a part
         self.remaining = len(self.picker)

@@ -40,6 +40,7 @@ from protocols.exchange.events import (
     Tick,
 )
 from protocols.exchange.messages import MAX_IDS, Priority
+from protocols.exchange.neighbours import left_to_neighbours
 from protocols.exchange.picker import Order, Random, Scattered, bit_test
 from protocols.exchange.state import SNUB_FIRST, Download, DownloadStats, Peer
 
@@ -53,20 +54,19 @@ FIND_RETRY = 5.0
 FIND_KEYS = 512
 ENDGAME_SCAN = 256
 ENDGAME_RECHECK = 0.1
-# A chunk that a neighbour has is this many peers less rare, so that others are asked for what no neighbour has; and
-# once all that is left is with neighbours, the others rest if these are fast enough.
+# A chunk that a neighbour has is this many peers less rare, so that others are asked for what no neighbour has.
 NEAR_WEIGHT = 64
-NEAR_GRACE = 1.0  # s in which neighbours may show how fast they are: before, they had little that we needed
-NEAR_SLOW = 10.0  # s for which neighbours that are too slow get no privilege
 NEAR_RECHECK = 0.25
 MAX_ROOTS = 256  # availabilities remembered per peer
 
 
 class Swarm:
-    """See the module's text. `rng` decides ties; the clock's zero does not matter, it only has to be monotonic."""
+    """See the module's text. `rng` decides ties; `me` is this node's name among the peers'; the clock's zero does not
+    matter, it only has to be monotonic."""
 
-    def __init__(self, rng: Random) -> None:
+    def __init__(self, rng: Random, me: str = "") -> None:
         self._rng = rng
+        self._me = me
         self._peers: dict[str, Peer] = {}
         self._downloads: dict[bytes, Download] = {}
         self._requests: dict[bytes, list[str]] = {}  # key -> peers asked, oldest request first
@@ -280,6 +280,9 @@ class Swarm:
             return  # those who have everything make no chunk rarer than another
         d.partial_peers += by
         d.picker.seeds_only = not d.partial_peers
+        if peer.near:
+            d.neighbours.add(peer.name) if by > 0 else d.neighbours.discard(peer.name)
+            d.sharers = sorted((self._me, *d.neighbours))
         for index in _ones(bits):
             self._count_copy(peer, d, index, by)
 
@@ -304,31 +307,13 @@ class Swarm:
             self._count_bits(peer, d, entry, +1)
 
     def _left_to_near(self, d: Download) -> bool:
-        """Whether neighbours have all that is left to ask for, and are fast enough to be left alone with it."""
+        """Whether all that is left to ask for is with neighbours, or theirs to get, and they are fast enough to be left
+        alone with it."""
         at, alone = self._near_alone.get(d.id, (float("-inf"), False))
         if at != self._now:
-            alone = self._can_near(d)
+            alone = left_to_neighbours(d, self._peers.values(), self._now)
             self._near_alone[d.id] = self._now, alone
         return alone
-
-    def _can_near(self, d: Download) -> bool:
-        if self._now < d.near_slow_until:
-            return False
-        if not d.near_seeds and next(d.picker.below(NEAR_WEIGHT), None) is not None:
-            d.near_since = None
-            return False
-        rates = {True: 0.0, False: 0.0}
-        for peer in self._peers.values():
-            if d.id in peer.has and peer.resting_until <= self._now:
-                rates[peer.near] += peer.window.rate
-        if not rates[False]:
-            return False  # what they would be compared with is not known yet
-        if d.near_since is None:
-            d.near_since = self._now
-        if self._now - d.near_since < NEAR_GRACE or rates[True] >= rates[False] / 2:
-            return True
-        d.near_slow_until = self._now + NEAR_SLOW
-        return False
 
     def _peer_has(self, event: PeerHas) -> None:
         peer = self._peers.get(event.peer)
@@ -374,6 +359,8 @@ class Swarm:
                     continue
                 bits[index >> 3] |= mask
                 if d is not None:
+                    if peer.near:
+                        d.near_progress = self._now
                     self._count_copy(peer, d, index, +1)
                     peer.lacks.discard(d.keys[index])
                     if id in peer.dry and index in d.picker:
@@ -555,8 +542,10 @@ class Swarm:
     def _pick(self, peer: Peer, d: Download) -> int | None:
         if not len(d.picker):
             return None
-        if not peer.near and self._left_to_near(d):
-            return None
+        if not peer.near and (d.neighbours or d.near_seeds):
+            index = self._pick_own(peer, d)
+            if index is not None or self._left_to_near(d):
+                return index
         if d.id in peer.has and d.id not in peer.dry:
             bits = bit_test(peer.has[d.id][1])
             lacks = peer.lacks
@@ -574,6 +563,24 @@ class Swarm:
                 d.picker.take(index)
                 return index
         return None
+
+    def _pick_own(self, peer: Peer, d: Download) -> int | None:
+        """A chunk for a peer elsewhere that no neighbour has and that is ours to get.
+
+        Neighbours who fetch the same share it out among themselves by number, each without asking the others.
+        """
+        if d.near_seeds or d.id not in peer.has:
+            return None
+        bits = bit_test(peer.has[d.id][1])
+
+        def own(index: int) -> bool:
+            sharer = (index * 0x9E3779B1 >> 16) % len(d.sharers)  # Knuth's multiplicative hash: runs are scattered
+            return d.sharers[sharer] == self._me and bits(index) and d.keys[index] not in peer.lacks
+
+        index = d.picker.search(own, NEAR_WEIGHT)
+        if index is not None:
+            d.picker.take(index)
+        return index
 
     def _ask(self, peer: Peer, d: Download, index: int) -> None:
         key = d.keys[index]

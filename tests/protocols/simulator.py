@@ -296,7 +296,7 @@ class Simulator:
     ) -> Node:
         """Add a node that holds all of `has`, or the chunks numbered `part`; it is connected to nobody yet."""
         wrong = Behaviour(**behaviour)  # type: ignore[arg-type]
-        node = Node(self, name, up, down, wrong, Swarm(random.Random(self.rng.random())))
+        node = Node(self, name, up, down, wrong, Swarm(random.Random(self.rng.random()), name))
         if has is not None:
             node.contents[has.id] = has
             node.store |= set(has.keys) if part is None else {has.keys[i] for i in part}

@@ -339,3 +339,22 @@ def test_near_and_far_again_keeps_the_counts() -> None:
     sim.kill("part")
     finish(sim, leecher)
     assert not any(leecher.swarm._downloads[IMAGE.id].near_copies)
+
+
+def test_neighbours_share_out_what_few_have_so_far() -> None:
+    """One seed is the bottleneck: every chunk is new somewhere else first, and still need not come three times."""
+    sim = Simulator()
+    sim.node("seed", has=IMAGE)
+    others = [sim.node(f"other{i}") for i in range(4)]
+    here = [sim.node(f"here{i}", up=10 * RATE, down=2 * RATE) for i in range(3)]
+    sim.connect_all()
+    for one in here:
+        for other in here:
+            if one is not other:
+                one.handle(ev.PeerNear(other.name, True))
+    for node in (*others, *here):
+        node.fetch(IMAGE)
+    assert finish(sim, *others, *here) < 1.5 * IMAGE.bytes / RATE
+    names = {node.name for node in here}
+    received = [node.swarm.stats(IMAGE.id).received for node in here]
+    assert sum(size for each in received for name, size in each.items() if name in names) > 0.5 * 3 * IMAGE.bytes
