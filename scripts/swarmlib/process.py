@@ -194,6 +194,8 @@ class Daemon:
             line, newline, _ = self.command.stdout.partition("\n")
             if newline:
                 said = json.loads(line)
+                if "error" in said:
+                    raise SwarmError(f"a daemon did not start: {said['message']}")
                 self.peer_id, self.addrs = said["peer_id"], said["addrs"]
                 return
             if self.command.poll() is not None:

@@ -130,6 +130,7 @@ def test_an_unsigned_closure_is_refused(nodes: Nodes, meeting_point: Daemon) -> 
     assert publisher.top not in lax.store.valid()
 
 
+@pytest.mark.slow
 def test_three_publishers_one_of_which_is_killed(nodes: Nodes, meeting_point: Daemon) -> None:
     parts = closure(3, *[4 << 20] * 8)
     publishers = [Publisher(nodes, name, parts, meeting_point) for name in ("p", "q", "r")]
@@ -152,6 +153,7 @@ def received(daemon: Daemon) -> dict[str, int]:
     return {row["peer"]: row["received_bytes"] for row in rows if row["received_bytes"]}
 
 
+@pytest.mark.slow
 def test_a_file_that_changed_in_the_publishers_store_never_reaches_nix(nodes: Nodes, meeting_point: Daemon) -> None:
     parts = closure(4, 2 << 20)
     publisher = Publisher(nodes, "p", parts, meeting_point)
@@ -182,6 +184,7 @@ def http_server(directory: Path) -> Iterator[str]:
         thread.join()
 
 
+@pytest.mark.slow
 def test_upstream_narinfos_and_upstream_nars(nodes: Nodes, meeting_point: Daemon, tmp_path: Path) -> None:
     parts = closure(5, 2 << 20, 1000, 400_000)
     publisher = Publisher(nodes, "p", parts, meeting_point, sign=False)

@@ -106,6 +106,7 @@ def short_path() -> Iterator[Path]:
         yield Path(path)
 
 
+@pytest.mark.slow
 def test_a_small_transfer(short_path: Path, tmp_path: Path) -> None:
     out = tmp_path / "figures.json"
     args = ["--only", "p2pnode,stock", "--size", "4M", "--providers", "1,2", "--json", str(out)]
