@@ -22,7 +22,7 @@ import trio
 
 from p2pnode import __version__, home, link, local
 from p2pnode.config import Config
-from p2pnode.errors import RemoteError, UsageError
+from p2pnode.errors import RemoteError, StoreError, UsageError
 from p2pnode.gateway.peers import NarinfoServer
 from p2pnode.gateway.records import PathRecords, hash_parts
 from p2pnode.images.importer import import_path
@@ -278,11 +278,18 @@ class Node:
 
     async def _keep_promises(self) -> None:
         """Announce what the store held before this start, and take back what Nix collects as garbage from then on."""
-        await trio.to_thread.run_sync(self._store.forget_vanished)
-        await self._announce_all()
+        announced = False
         while True:
+            try:  # a full disk must not end a node that only wants to serve
+                if not announced:
+                    await trio.to_thread.run_sync(self._store.forget_vanished)
+                    await self._announce_all()
+                    announced = True
+                else:
+                    await self._survey()
+            except StoreError as error:
+                log.warning("the survey of the store failed: %s", error)
             await trio.sleep(SURVEY_INTERVAL)
-            await self._survey()
 
     async def _survey(self) -> None:
         """Drop what points into store paths that are gone, and tell the swarm which images are not whole any more."""
@@ -434,14 +441,14 @@ class Node:
 
     async def remove(self, spec: str) -> dict[str, Any]:
         """Remove an image and tell the swarm."""
-        for record in await trio.to_thread.run_sync(self._store.find, spec):
-            if record.id in self._running:
-                raise UsageError(f"image {record.id} is being fetched; stop that first")
-            image = await trio.to_thread.run_sync(self._store.image, record.id)
-            if image is not None:
-                self._router.withdraw([record.id.to_bytes(), *_nar_keys(image)])
-            self._exchange.forget(record.id)
-        result, gone = await trio.to_thread.run_sync(local.remove, self._store, spec)
+        record = await trio.to_thread.run_sync(local.find, self._store, spec)
+        if record.id in self._running:
+            raise UsageError(f"image {record.id} is being fetched; stop that first")
+        image = await trio.to_thread.run_sync(self._store.image, record.id)
+        result, gone = await trio.to_thread.run_sync(local.remove, self._store, str(record.id))
+        if image is not None:
+            self._router.withdraw([record.id.to_bytes(), *_nar_keys(image)])
+        self._exchange.forget(record.id)
         self._router.withdraw([CID(Codec.RAW, digest).to_bytes() for digest in gone])
         return result
 

@@ -45,6 +45,7 @@ class RelayLimits:
     max_reservations_per_prefix: int = 64  # IPv4 /24, IPv6 /48
     reservation_ttl: float = 3600.0  # s, go-libp2p's
     max_circuits: int = 256
+    max_circuits_per_pair: int = 4  # one source must not take all of a target's places; a lost one may linger
     max_circuits_per_peer: int = 32  # as source and destination together; one seed serves a small swarm
     circuit_bytes: int = 0  # in each direction, as the specification counts; 0: unlimited
     circuit_seconds: float = 0.0  # 0: unlimited
@@ -180,6 +181,9 @@ class RelayTable:
             return self._refuse(Status.PERMISSION_DENIED, "a peer cannot be connected to itself")
         if not self.reserved(target, now):
             return self._refuse(Status.NO_RESERVATION, f"{target} has no reservation here")
+        pair = sum((each.source, each.target) == (source, target) for each in self._circuits.values())
+        if pair >= limits.max_circuits_per_pair:
+            return self._refuse(Status.RESOURCE_LIMIT_EXCEEDED, f"{source} has {pair} circuits to {target} already")
         evicted: list[int] = []
         for peer in (source, target):
             if self._per_peer[peer] - _of_peer(self._circuits, evicted, peer) >= limits.max_circuits_per_peer:

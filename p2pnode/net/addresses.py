@@ -24,7 +24,9 @@ from p2pnode.errors import UsageError
 MAX_ADDRESS_CHARS = 512  # a circuit with two ids and a DNS name of full length fits
 MAX_PEER_ID_CHARS = 64  # an Ed25519 id has 52 characters, a SHA-256 one 46
 _HOST_KINDS = ("ip4", "ip6", "dns", "dns4", "dns6")
-_DNS_NAME = re.compile(r"(?=.{1,253}\Z)([A-Za-z0-9_]([A-Za-z0-9_-]{0,61}[A-Za-z0-9])?\.?)+\Z")
+# Linear: every label but the last is followed by its dot. No underscore: multiaddr's IDNA refuses it.
+_LABEL = r"[A-Za-z0-9](?:[A-Za-z0-9-]{0,61}[A-Za-z0-9])?"
+_DNS_NAME = re.compile(rf"(?=.{{1,253}}\Z)(?:{_LABEL}(?:\.(?=[A-Za-z0-9])|\.?\Z))+\Z")
 
 Interface = ipaddress.IPv4Interface | ipaddress.IPv6Interface
 IP = ipaddress.IPv4Address | ipaddress.IPv6Address

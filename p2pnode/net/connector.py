@@ -17,16 +17,17 @@ from libp2p.network.connection.raw_connection import RawConnection
 from libp2p.peer.id import ID
 from libp2p.security.noise.exceptions import PeerIDMismatchesPubkey
 
-from p2pnode.errors import NodeError, PeerUnreachable
+from p2pnode.errors import NodeError, PeerUnreachable, StreamClosed
 from p2pnode.net import sockets
 from p2pnode.net.addressbook import AddressBook
 from p2pnode.net.addresses import Address, Interface, check_peer_id, parse, valid
-from p2pnode.net.connections import Connections
+from p2pnode.net.connections import Connections, is_inbound, is_relayed
 from p2pnode.net.dialler import AttemptFailed, DialFailed, candidates, circuits, race
 from p2pnode.net.hardening import HANDSHAKE_TIMEOUT, MAX_CONNECTIONS
 
 log = logging.getLogger(__name__)
 
+MAX_RELAYED_INBOUND = 128  # with hardening.MAX_INBOUND direct ones it leaves places for our own dials
 IMPROVE_PAUSE = 12.0  # s from one search for a direct connection to the next; one takes DIAL_TIMEOUT at most
 CLOSE_TIMEOUT = 1.0  # s for a raw connection that came to nothing
 
@@ -220,6 +221,8 @@ class Connector:
             self._book.reached(peer, str(address))
         except DialFailed as exc:
             log.debug("no direct connection to %s: %s", peer, exc)
+        except Exception:  # the top of a task, too
+            log.exception("looking for a direct connection to %s failed", peer)
 
     def _candidates(self, peer: str, addrs: Sequence[str]) -> list[Address]:
         place = self._place()
@@ -253,6 +256,9 @@ class Connector:
         except DialFailed as exc:
             why = str(exc) if addresses else "no usable address of it is known"
             dial.error = PeerUnreachable(f"peer {peer} cannot be reached: {why}")
+        except Exception:  # the top of a dial's task: the node must not die of an address
+            log.exception("the dial of %s failed", peer)
+            dial.error = PeerUnreachable(f"peer {peer} cannot be reached: the dial failed; see the log")
         finally:
             if self._dials.get(peer) is dial:
                 del self._dials[peer]
@@ -265,6 +271,8 @@ class Connector:
         place = self._place()
         try:
             stream = await sockets.connect(address, place.listening, place.interfaces)
+        except UnicodeError as exc:
+            raise AttemptFailed("not a host name") from exc
         except OSError as exc:
             raise AttemptFailed(sockets.reason(exc)) from exc
         shared = stream.socket.getsockname()[1] in {listener.port for listener in place.listening}
@@ -297,6 +305,8 @@ class Connector:
 
     async def accept_circuit(self, circuit: Any, peer: str, relay: str) -> None:
         """Upgrade a circuit that `peer` opened to us through `relay`."""
+        if sum(is_relayed(conn) and is_inbound(conn) for conn in self._connections.every()) >= MAX_RELAYED_INBOUND:
+            raise StreamClosed(f"too many relayed connections: one of {peer} through {relay} is refused")
         try:
             with trio.fail_after(HANDSHAKE_TIMEOUT):
                 await attempt(circuit, lambda: self.upgrader.inbound(circuit, ID.from_string(peer)))

@@ -333,7 +333,11 @@ class Network:
         """This machine's addresses, as of a few seconds ago at most."""
         now = time.monotonic()
         if now - self._interfaces_at > INTERFACES_TTL:
-            self._interfaces, self._interfaces_at = interfaces(), now
+            self._interfaces_at = now
+            try:
+                self._interfaces = interfaces()
+            except OSError as exc:  # no file descriptor left: what was known a moment ago is right most probably
+                log.warning("this machine's interfaces cannot be listed: %s", exc.strerror)
         return self._interfaces
 
     def forget_interfaces(self) -> None:

@@ -15,6 +15,7 @@ from __future__ import annotations
 import errno
 import logging
 import socket
+from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -56,6 +57,8 @@ AGAIN_AFTER = 20.0  # s until a peer is tried again because something changed
 ROLE_TIMEOUT = 1.5  # s for the initiator's first words
 MULTISTREAM = b"\x13/multistream/1.0.0\n"  # what both sides of a negotiation may say first; only an initiator goes on
 HANDSHAKE_TIMEOUT = 5.0
+MAX_SYNS = 40  # to one IP in a round: a NAT that answers with RST is tried every few milliseconds, others once or twice
+INITIATED_RATE, INITIATED_BURST = 0.5, 24  # rounds per second that we begin: a peer names whom we dial in them
 START_DELAY = 0.05  # s for the other side of the relayed connection to have registered it
 
 # What a peer can make us send, were it to name somebody else's addresses: 6 addresses for 5 s are some 30 SYNs, of
@@ -152,6 +155,7 @@ class Puncher:
         self._active: set[str] = set()
         self._ended: dict[str, float] = {}  # when the last series of rounds with a peer was over
         self._bucket = TokenBucket(RATE, BURST, 0.0)
+        self._initiated = TokenBucket(INITIATED_RATE, INITIATED_BURST, 0.0)
         self._buckets: dict[str, TokenBucket] = {}
         self.results: dict[str, str] = {}  # peer -> how the last attempt ended, for those who look
         network.handle(PROTOCOL, self._serve)
@@ -208,6 +212,10 @@ class Puncher:
 
     async def _initiate(self, peer: str) -> str:
         """One round as the side that the relayed connection came in to."""
+        now = trio.current_time()
+        if self._initiated.delay(now) > 0:
+            return "too many hole punches at once"
+        self._initiated.take(1, now)
         with trio.fail_after(EXCHANGE_TIMEOUT):
             stream = await self._open_relayed(peer, PROTOCOL)
             done = False
@@ -264,9 +272,10 @@ class Puncher:
         began = trio.current_time()
         failures: dict[str, str] = {}
         dialling: set[trio.CancelScope] = set()
+        sent: Counter[str] = Counter()
         async with trio.open_nursery() as nursery:
             for address in chosen:
-                nursery.start_soon(self._try_address, address, peer, initiator, place, failures, dialling)
+                nursery.start_soon(self._try_address, address, peer, initiator, place, failures, dialling, sent)
             # Dials are called off when another won, handshakes are not: one cut short in the end would take back
             # the very connection that won.
             with trio.move_on_after(WINDOW):
@@ -286,15 +295,22 @@ class Puncher:
         place: Place,
         failures: dict[str, str],
         dialling: set[trio.CancelScope],
+        sent: Counter[str],
     ) -> None:
         assert address.ip is not None
         local = sockets.local_endpoint(place.listening, address.ip.version)
         failures[str(address)] = "no listen port of this IP version"
         deadline = trio.current_time() + WINDOW
         patience = TRY_TIMEOUT
-        while local is not None and trio.current_time() < deadline and not self._connections.direct(peer):
+        while (
+            local is not None
+            and sent[address.host] < MAX_SYNS
+            and trio.current_time() < deadline
+            and not self._connections.direct(peer)
+        ):
+            sent[address.host] += 1
             stream: trio.SocketStream | None = None
-            with trio.move_on_after(min(patience, deadline - trio.current_time())) as scope:
+            with trio.move_on_at(min(trio.current_time() + patience, deadline)) as scope:
                 dialling.add(scope)
                 try:
                     stream = await sockets.connect_from(local, address.host, address.port)

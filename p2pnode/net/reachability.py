@@ -327,8 +327,12 @@ class Reachability:
         scope = scope_of(ip)
         if not self._allowed(peer) or port < reach.LOWEST_PORT or (scope is Scope.HOST and not self._is_host(peer)):
             return reach.Result(Outcome.REFUSED, packed)
-        near = any(ip in interface.network for interface in self._host.interfaces())
-        if scope is Scope.LAN and not near:
+        asker = self._ip_of(peer)
+        if scope is Scope.LAN and not any(
+            ip in each.network and asker in each.network for each in self._host.interfaces() if asker is not None
+        ):
+            return reach.Result(Outcome.REFUSED, packed)
+        if scope is Scope.OVERLAY and (asker is None or scope_of(asker) is not Scope.OVERLAY):
             return reach.Result(Outcome.REFUSED, packed)
         return reach.Result(await dial_back(str(ip), port, nonce), packed)
 

@@ -78,7 +78,7 @@ async def _resolve(address: Address) -> list[str]:
     family = {"dns4": socket.AF_INET, "dns6": socket.AF_INET6}.get(address.kind, socket.AF_UNSPEC)
     try:
         found = await trio.socket.getaddrinfo(address.host, address.port, family, socket.SOCK_STREAM)
-    except OSError:
+    except (OSError, UnicodeError):
         return []  # the dial that follows says why
     return list(dict.fromkeys(str(info[4][0]) for info in found if "%" not in str(info[4][0])))[:RESOLVE_LIMIT]
 

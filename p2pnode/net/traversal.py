@@ -82,6 +82,7 @@ class Traversal:
         self._moved = trio.Event()
         self._private = trio.Event()  # the verdict was private at least once
         self._nursery: trio.Nursery | None = None
+        self._probing: set[Any] = set()
         self.change_callbacks: list[Callable[[Change], None]] = []
         self.addrs_callbacks: list[Callable[[], None]] = []
 
@@ -156,7 +157,10 @@ class Traversal:
                 self._nursery.start_soon(self._probe_all)
         self._addrs_changed()
         for callback in self.change_callbacks:
-            callback(change)
+            try:
+                callback(change)
+            except Exception:  # whoever is told must not end the node
+                log.exception("a callback for a change of the network failed")
 
     def status(self) -> dict[str, Any]:
         """For `status` and `doctor`, as JSON."""
@@ -297,17 +301,24 @@ class Traversal:
 
     def _came_again(self, conn: Any) -> None:
         """A peer that connects anew may have lost what we take for a connection."""
+        peer = str(conn.muxed_conn.peer_id)
+        if is_relayed(conn) and self._network.connections_book.direct(peer):
+            self._upgraded(peer)  # the direct one was faster: this one is not needed
         others = [
             other for other in self._network.connections_book.of(str(conn.muxed_conn.peer_id)) if other is not conn
         ]
         for other in others:
-            if is_relayed(other) == is_relayed(conn) and self._nursery is not None:
+            if is_relayed(other) == is_relayed(conn) and self._nursery is not None and other not in self._probing:
+                self._probing.add(other)
                 self._nursery.start_soon(self._probe, other)
 
     async def _probe(self, conn: Any) -> None:
-        if not await self._network.push_identify(conn, PUSH_TIMEOUT):
-            log.info("a connection with %s did not survive", conn.muxed_conn.peer_id)
-            await conn.close()
+        try:
+            if not await self._network.push_identify(conn, PUSH_TIMEOUT):
+                log.info("a connection with %s did not survive", conn.muxed_conn.peer_id)
+                await conn.close()
+        finally:
+            self._probing.discard(conn)
 
     def _upgraded(self, peer: str) -> None:
         if self._nursery is not None:

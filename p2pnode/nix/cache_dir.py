@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
+import re
 import secrets
 import stat
 import time
@@ -47,6 +48,7 @@ STALE_AGE = 24 * 3600.0
 
 _SUFFIX = {"none": ".nar", "zstd": ".nar.zst"}
 _TEMPORARY = ".tmp-"
+_OURS = re.compile(r"\.tmp-[0-9a-f]{16}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,7 +132,7 @@ class CacheDir:
     def _remove_stale(self) -> None:
         for place in (self.path, self.path / "nar"):
             for entry in os.scandir(place):
-                if entry.name.startswith(_TEMPORARY):
+                if _OURS.fullmatch(entry.name) and entry.is_file(follow_symlinks=False):
                     with contextlib.suppress(FileNotFoundError):
                         if time.time() - entry.stat(follow_symlinks=False).st_mtime > STALE_AGE:
                             os.unlink(entry.path)

@@ -67,10 +67,14 @@ def _decoded(block: m.Block, limit: int) -> m.Payload:
         return block.payload
     if block.size > limit:
         return ()
+    data = b"".join(block.payload)
     try:
+        # zstandard allocates and fills what the frame says of itself, whatever `max_output_size` is.
+        if zstandard.frame_content_size(data) not in (-1, block.size):
+            return ()
         # Neither the frame's own size nor its window is trusted, and nothing past `size` is decoded.
         plain = zstandard.ZstdDecompressor(max_window_size=1 << 23).decompress(
-            b"".join(block.payload), max_output_size=block.size, allow_extra_data=False
+            data, max_output_size=block.size, allow_extra_data=False
         )
     except zstandard.ZstdError:
         return ()

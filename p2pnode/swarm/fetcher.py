@@ -450,7 +450,8 @@ class Fetcher:
             await trio.to_thread.run_sync(landing.close)
             report(Progress("exporting", image.size, image.size))
             path = await (delivery.finish() if delivery is not None else trio.to_thread.run_sync(gate.finish))
-            await trio.to_thread.run_sync(self._store.mark_complete, image.id, None if path is None else str(path))
+            if not present:  # of what was there already nothing was hashed: the gateway does it when it is asked
+                await trio.to_thread.run_sync(self._store.mark_complete, image.id, None if path is None else str(path))
         except BaseException:
             with trio.CancelScope(shield=True):
                 await trio.to_thread.run_sync(landing.close)
@@ -508,6 +509,8 @@ class Fetcher:
                 arrivals.lost(lost)
                 if await trio.to_thread.run_sync(self._store.has, lost):
                     arrivals.arrived([chunk_key(lost)])  # it came again before we knew
+                else:  # its row may never have been committed, and then nobody has told the exchange
+                    self._exchange.want([chunk_key(lost)])
 
     def _feed_some(self, digests: Sequence[bytes], export: Exporter, recent: _Recent) -> tuple[int, bytes | None]:
         for done, digest in enumerate(digests):

@@ -83,7 +83,8 @@ class PeerSession:
     async def room(self) -> None:
         """Until the peer has taken most of the control frames that wait for it."""
         while self._control_bytes > MAX_CONTROL:
-            self._drained = trio.Event()
+            if self._drained.is_set():  # else somebody waits for it already
+                self._drained = trio.Event()
             await self._drained.wait()
 
     def send_block(self, block: m.Block) -> None:
@@ -125,6 +126,8 @@ class PeerSession:
                     await self._farewell(self._closing)
                 await self.stream.aclose()
             self.open.set()
+            self._control_bytes = 0  # nothing more goes out: nobody outside of the session must wait for it
+            self._drained.set()
 
     async def _farewell(self, reason: str) -> None:
         try:

@@ -21,20 +21,22 @@ def left_to_neighbours(d: Download, peers: Iterable[Peer], now: float) -> bool:
     if now < d.near_slow_until:
         return False
     rates = {True: 0.0, False: 0.0}
+    there = False
     waited = -1.0  # s for the next block of a neighbour; negative: none owes us any
     for peer in peers:
         if d.id in peer.has and peer.resting_until <= now:
             rates[peer.near] += peer.window.rate
+            there |= peer.near
             if peer.near and peer.in_flight:
                 first, _ = next(iter(peer.in_flight.values()))
                 waited = max(waited, now - max(first, peer.answered))
-    if not rates[False]:
-        return False  # what they would be compared with is not known yet
+    if not there or not rates[False]:
+        return False  # none is awake, or what they would be compared with is not known yet
     if d.near_progress is None:
         d.near_progress = now
     if waited < 0:  # they have nothing for us now, and may be getting it
         return now - d.near_progress < NEAR_GRACE
-    if waited < NEAR_GRACE or rates[True] >= NEAR_ENOUGH * rates[False]:
+    if rates[True] >= NEAR_ENOUGH * rates[False] or (waited < NEAR_GRACE and not rates[True]):
         return True
     d.near_slow_until = now + NEAR_SLOW
     return False

@@ -148,3 +148,16 @@ def test_endpoints_hold_loopback_too() -> None:
 
 def test_this_machine_has_interfaces() -> None:
     assert any(interface.ip.is_loopback for interface in interfaces())
+
+
+@pytest.mark.parametrize(
+    "host", ["a" * 60 + "-", "a" * 64, "my_host.lan", "a..b", ".a", "-a", "a-", "a" * 63 + "." + "b" * 60 + "-", "ä"]
+)
+def test_hostile_and_unusable_names_are_refused_at_once(host: str) -> None:
+    with pytest.raises(UsageError):
+        parse(f"/dns4/{host}/tcp/4001")
+
+
+@pytest.mark.parametrize("host", ["a", "a.b", "a-b.example.org", "a" * 63, "xn--bcher-kva.example"])
+def test_usable_names(host: str) -> None:
+    assert parse(f"/dns4/{host}/tcp/4001").host == host

@@ -133,7 +133,7 @@ async def test_what_a_crash_left_is_completed(tmp_path):
     (tmp_path / parse(whole[f"{cut.digest}.narinfo"]).url).write_bytes(b"")
     (tmp_path / f"{lost.digest}.narinfo").unlink()
     (tmp_path / f"{gone.digest}.narinfo").write_bytes(whole[f"{gone.digest}.narinfo"][:50])
-    stale, fresh = tmp_path / "nar/.tmp-0123", tmp_path / "nar/.tmp-4567"
+    stale, fresh = tmp_path / "nar/.tmp-0123456789abcdef", tmp_path / "nar/.tmp-4567"
     stale.write_bytes(b"x")
     os.utime(stale, (1, os.stat(stale).st_mtime - STALE_AGE - 10))
     fresh.write_bytes(b"somebody is writing this")

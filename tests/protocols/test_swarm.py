@@ -358,3 +358,15 @@ def test_neighbours_share_out_what_few_have_so_far() -> None:
     names = {node.name for node in here}
     received = [node.swarm.stats(IMAGE.id).received for node in here]
     assert sum(size for each in received for name, size in each.items() if name in names) > 0.5 * 3 * IMAGE.bytes
+
+
+@pytest.mark.parametrize("rate", [3 * MBIT, 15 * MBIT])
+def test_a_neighbour_that_delivers_a_chunk_a_second_does_not_set_the_pace(rate: float) -> None:
+    sim = Simulator()
+    sim.node("far", has=IMAGE)
+    sim.node("near", up=rate, has=IMAGE)
+    leecher = sim.node("leecher")
+    sim.connect_all()
+    leecher.handle(ev.PeerNear("near", True))
+    leecher.fetch(IMAGE)
+    assert finish(sim, leecher) < 1.5 * IMAGE.bytes / RATE

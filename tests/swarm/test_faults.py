@@ -49,15 +49,15 @@ async def test_a_peer_that_was_asked_too_early_tells_what_it_gets_later(world: W
     assert results[0].sources["a"] > 4 << 20
 
 
-async def test_a_zstd_bomb_is_not_decoded(world: World, tmp_path: Path) -> None:
+@pytest.mark.parametrize("said", [4 << 20, 1000])  # what the frame says its content has
+async def test_a_zstd_bomb_is_not_decoded(world: World, tmp_path: Path, said: int) -> None:
     seed, leech = await world.peer("seed"), await world.peer("leech")
     (tmp_path / "img").write_bytes(content(1 << 20))
     image = seed.provide(tmp_path / "img")
     leech.store.put_blocks({cid: block for cid in image.blocks if (block := seed.store.block(cid))})
     leech.store.add_image(image, name="img", origin=Origin.FETCHED, complete=False, path=None)
     await world.fabric.stop("seed")
-    size = 4 << 20
-    bomb = zstandard.ZstdCompressor(level=1).compress(bytes(size))
+    bomb = zstandard.ZstdCompressor(level=1).compress(bytes(max(said, 64 << 20 if said == 1000 else 0)))
 
     async def bomber(stream: Stream) -> None:
         reader = m.FrameReader()
@@ -68,7 +68,7 @@ async def test_a_zstd_bomb_is_not_decoded(world: World, tmp_path: Path) -> None:
                     await stream.send_parts(m.encode(m.Availability(message.root, len(image.chunks))))
                 elif isinstance(message, m.Want):
                     frame = b"".join(
-                        bytes(p) for p in m.encode(m.Block(message.ids[0], m.Encoding.ZSTD, size, (bomb,)))
+                        bytes(p) for p in m.encode(m.Block(message.ids[0], m.Encoding.ZSTD, said, (bomb,)))
                     )
                     await stream.send_all(frame * 400)
 
