@@ -206,7 +206,8 @@ class Admission:
         if self._connections[source] >= MAX_INBOUND_PER_ADDRESS:
             return False
         if self._connections.total() >= MAX_INBOUND // 2 and (
-            self._connections[source] >= CROWDED_PER_ADDRESS or self._networks[network] >= CROWDED_PER_NETWORK
+            self._connections[source] >= CROWDED_PER_ADDRESS
+            or (network != source and self._networks[network] >= CROWDED_PER_NETWORK)
         ):
             return False
         self._connections[source] += 1
@@ -244,8 +245,10 @@ def _source(address: tuple[str, int] | None) -> str:
 
 
 def _network(source: str) -> str:
-    """What counts as one site: an IPv4 /24, an IPv6 /48."""
+    """What counts as one site: an IPv4 /24, an IPv6 /48. On our own networks each machine is one."""
     site = ipaddress.ip_network(source or "0.0.0.0", strict=False)
+    if not site.is_global:
+        return source
     return str(site.supernet(new_prefix=24 if site.version == 4 else 48))
 
 

@@ -20,7 +20,8 @@ MIB = 1 << 20
 HOSTILE = Path(__file__).with_name("hostile.py")
 ASKING_HOSTS, ASKED = 4, 250
 PER_ADDRESS = 16  # reservations for one IP address, the default limit
-CIRCUITS_PER_PEER = 32  # the default limit
+CIRCUITS_PER_PEER = 32  # the default limits
+CIRCUITS_PER_PAIR = 4
 BANDWIDTH = 8_000_000  # bytes/s of the relay, both directions of all circuits together
 MEMORY = 400 * MIB  # 1,000 connections are 60 MiB, the process itself about 120; the queues of the circuits are bounded
 
@@ -57,7 +58,7 @@ def test_a_relay_under_abuse_serves_its_others(
     holding = begin("holding", "hold", str(2 * CIRCUITS_PER_PEER))
     flooding = begin("flooding", "flood", "4")
     until(lambda: told(holding), 60, "idle circuits are held")
-    assert told(holding)["opened"] == CIRCUITS_PER_PEER
+    assert told(holding)["opened"] == CIRCUITS_PER_PAIR
     until(lambda: told(flooding).get("dials", 0) > 4, 60, "a circuit of the flood was cut at its limit")
 
     provider, fetcher = (
