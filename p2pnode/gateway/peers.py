@@ -15,7 +15,7 @@ import trio
 
 from p2pnode.errors import NodeError, RemoteError, StreamClosed
 from p2pnode.gateway.records import PathRecords, narinfo_of
-from p2pnode.net.transport import Stream, Transport
+from p2pnode.net.transport import Stream, Transport, receive_exactly
 from protocols.errors import ProtocolError
 from protocols.narinfo import (
     MAX_ANSWER,
@@ -47,25 +47,11 @@ MAX_MUTE = 1024
 
 async def receive_frame(stream: Stream, limit: int) -> bytes | None:
     """The body of the next frame; None at the end of the stream. Raises FrameError, StreamClosed."""
-    prefix = await _exactly(stream, PREFIX)
-    if prefix is None:
+    begin = await stream.receive_some(PREFIX)
+    if not begin:
         return None
-    body = await _exactly(stream, frame_length(prefix, limit))
-    if body is None:
-        raise StreamClosed(f"peer {stream.peer} ended a stream within a frame")
-    return body
-
-
-async def _exactly(stream: Stream, size: int) -> bytes | None:
-    data = bytearray()
-    while len(data) < size:
-        piece = await stream.receive_some(size - len(data))
-        if not piece:
-            if not data:
-                return None
-            raise StreamClosed(f"peer {stream.peer} ended a stream within a frame")
-        data += piece
-    return bytes(data)
+    prefix = begin + await receive_exactly(stream, PREFIX - len(begin))
+    return await receive_exactly(stream, frame_length(prefix, limit))
 
 
 class NarinfoServer:

@@ -8,8 +8,8 @@ from typing import Protocol
 
 import trio
 
-from p2pnode.errors import NetworkTimeout, RemoteError, StreamClosed
-from p2pnode.net.transport import Stream, StreamHandler
+from p2pnode.errors import NetworkTimeout, RemoteError
+from p2pnode.net.transport import Stream, StreamHandler, receive_exactly
 from protocols import clock
 from protocols.clock import Sample
 from protocols.errors import ProtocolError
@@ -41,7 +41,7 @@ class Clock:
                 try:
                     sent, began = self.now(), trio.current_time()
                     await stream.send_all(clock.REQUEST)
-                    answer = await _exactly(stream, clock.ANSWER)
+                    answer = await receive_exactly(stream, clock.ANSWER)
                     return clock.sample(sent, clock.decode(answer), trio.current_time() - began)
                 finally:
                     await stream.aclose()
@@ -52,15 +52,5 @@ class Clock:
 
     async def _serve(self, stream: Stream) -> None:
         with trio.move_on_after(TIMEOUT):
-            if await _exactly(stream, len(clock.REQUEST)) == clock.REQUEST:
+            if await receive_exactly(stream, len(clock.REQUEST)) == clock.REQUEST:
                 await stream.send_all(clock.encode(self.now()))
-
-
-async def _exactly(stream: Stream, size: int) -> bytes:
-    data = b""
-    while len(data) < size:
-        piece = await stream.receive_some(size - len(data))
-        if not piece:
-            raise StreamClosed(f"peer {stream.peer} ended the stream in the middle of an answer")
-        data += piece
-    return data

@@ -21,7 +21,6 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import multiaddr
 import trio
-from google.protobuf.message import DecodeError
 from libp2p.peer.id import ID
 from libp2p.relay.circuit_v2.pb.dcutr_pb2 import HolePunch
 
@@ -31,6 +30,7 @@ from p2pnode.net.addresses import Address, Interface, Scope, parse, valid
 from p2pnode.net.connections import is_inbound, is_relayed
 from p2pnode.net.connector import Place, attempt, raw_tcp
 from p2pnode.net.dialler import AttemptFailed
+from p2pnode.net.relay.wire import receive_message, send_message
 from p2pnode.net.transport import Stream
 from protocols.announce.records import TokenBucket
 from protocols.errors import FrameError, ProtocolError
@@ -43,7 +43,6 @@ log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 PROTOCOL = "/libp2p/dcutr"
-MAX_MESSAGE = 4096  # bytes; js-libp2p's limit
 ROUNDS = 3  # the specification's
 PAUSES = (1.0, 11.0)  # s between rounds; Linux NATs remember a refused SYN for 10 s (nf_conntrack_tcp_timeout_close)
 EXCHANGE_TIMEOUT = 10.0  # s for the messages over the relay
@@ -95,32 +94,14 @@ def targets(texts: Sequence[str], peer: str, own: Sequence[Interface], lan_outsi
     return list(found)[:MAX_TARGETS]
 
 
-def encode(kind: Any, addrs: Sequence[str] = ()) -> bytes:
-    message = HolePunch(type=kind, ObsAddrs=[multiaddr.Multiaddr(addr).to_bytes() for addr in addrs])
-    body = message.SerializeToString()
-    size = len(body)
-    prefix = bytes([size]) if size < 128 else bytes([size & 127 | 128, size >> 7])
-    return bytes(prefix + body)
+def hole_punch(kind: Any, addrs: Sequence[str] = ()) -> HolePunch:
+    """A message. `kind` is HolePunch.CONNECT or SYNC."""
+    return HolePunch(type=kind, ObsAddrs=[multiaddr.Multiaddr(addr).to_bytes() for addr in addrs])
 
 
 async def receive(stream: Stream, kind: int) -> list[str]:
     """The addresses in the next message, which must be of `kind`. Raises `FrameError`, `StreamClosed`."""
-    size = shift = 0
-    while True:
-        byte = (await _exactly(stream, 1))[0]
-        size |= (byte & 127) << shift
-        shift += 7
-        if byte < 128:
-            break
-        if shift > 14:
-            raise FrameError("a DCUtR message that is too long")
-    if size > MAX_MESSAGE:
-        raise FrameError("a DCUtR message that is too long")
-    message = HolePunch()
-    try:
-        message.ParseFromString(await _exactly(stream, size))
-    except DecodeError as exc:
-        raise FrameError("a DCUtR message that is no protobuf") from exc
+    message = await receive_message(stream, HolePunch)
     if message.type != kind:
         raise FrameError("a DCUtR message of another type than expected")
     found = []
@@ -130,16 +111,6 @@ async def receive(stream: Stream, kind: int) -> list[str]:
         except ValueError:  # all of the library's errors are
             continue
     return found
-
-
-async def _exactly(stream: Stream, size: int) -> bytes:
-    data = b""
-    while len(data) < size:
-        piece = await stream.receive_some(size - len(data))
-        if not piece:
-            raise FrameError("a DCUtR stream ended within a message")
-        data += piece
-    return data
 
 
 class Puncher:
@@ -221,10 +192,10 @@ class Puncher:
             done = False
             try:
                 began = trio.current_time()
-                await stream.send_all(encode(HolePunch.CONNECT, self._own_texts()))
+                await send_message(stream, hole_punch(HolePunch.CONNECT, self._own_texts()))
                 theirs = await receive(stream, HolePunch.CONNECT)
                 rtt = trio.current_time() - began
-                await stream.send_all(encode(HolePunch.SYNC))
+                await send_message(stream, hole_punch(HolePunch.SYNC))
                 done = True
             finally:
                 with trio.CancelScope() as quick:
@@ -239,7 +210,7 @@ class Puncher:
             theirs = await receive(stream, HolePunch.CONNECT)
             if not self._allowed(peer):
                 raise StreamClosed("too many hole punches at once")
-            await stream.send_all(encode(HolePunch.CONNECT, self._own_texts()))
+            await send_message(stream, hole_punch(HolePunch.CONNECT, self._own_texts()))
             await receive(stream, HolePunch.SYNC)
         if scope.cancelled_caught:
             raise StreamClosed(f"peer {peer} did not go on with a hole punch")

@@ -29,7 +29,7 @@ from p2pnode.net.connections import Connections, is_relayed
 from p2pnode.net.connector import raw_tcp
 from p2pnode.net.hardening import LIBRARY_ERRORS
 from p2pnode.net.observed import group_of
-from p2pnode.net.transport import Stream, StreamHandler
+from p2pnode.net.transport import Stream, StreamHandler, receive_exactly
 from protocols import reach
 from protocols.announce.records import TokenBucket
 from protocols.errors import ProtocolError
@@ -404,14 +404,5 @@ _FAILURES = {
 
 
 async def _receive(stream: Stream) -> reach.Message:
-    return reach.decode(await _exactly(stream, reach.body_size(await _exactly(stream, reach.HEADER))))
-
-
-async def _exactly(stream: Stream, size: int) -> bytes:
-    data = b""
-    while len(data) < size:
-        piece = await stream.receive_some(size - len(data))
-        if not piece:
-            raise ProtocolError("a reach stream ended within a frame")
-        data += piece
-    return data
+    header = await receive_exactly(stream, reach.HEADER)
+    return reach.decode(await receive_exactly(stream, reach.body_size(header)))

@@ -10,6 +10,8 @@ from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+from p2pnode.errors import StreamClosed
+
 Buffer = bytes | bytearray | memoryview
 
 
@@ -56,6 +58,17 @@ class Stream(Protocol):
 
 
 StreamHandler = Callable[[Stream], Awaitable[None]]
+
+
+async def receive_exactly(stream: Stream, size: int) -> bytes:
+    """The next `size` bytes, and not one more. Raises `StreamClosed` if the stream ends before."""
+    data = bytearray()
+    while len(data) < size:
+        piece = await stream.receive_some(size - len(data))
+        if not piece:
+            raise StreamClosed(f"peer {stream.peer} ended a stream after {len(data)} of {size} bytes")
+        data += piece
+    return bytes(data)
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,7 +12,7 @@ from p2pnode.net.addressbook import AddressBook
 from p2pnode.net.identity import Identity
 from p2pnode.net.network import Network
 from p2pnode.net.relay.server import RelayServer
-from p2pnode.net.transport import Stream
+from p2pnode.net.transport import Stream, receive_exactly
 from p2pnode.net.traversal import NatSettings, Wanted
 from protocols.relay import RelayLimits
 
@@ -56,15 +56,6 @@ async def connect_through(network: Network, relay: Network, target: Network | st
     """Have a connection to `target`, a node or a peer id, through `relay`."""
     peer = target if isinstance(target, str) else target.peer_id
     await network.connect(peer, [f"{relay.addrs()[0]}/p2p-circuit"])
-
-
-async def receive_exactly(stream: Stream, size: int) -> bytes:
-    data = bytearray()
-    while len(data) < size:
-        piece = await stream.receive_some(size - len(data))
-        assert piece, f"the stream ended after {len(data)} of {size} bytes"
-        data += piece
-    return bytes(data)
 
 
 async def echo_through(source: Network, target: Network, data: bytes = b"ping") -> None:

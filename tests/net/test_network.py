@@ -24,7 +24,7 @@ from p2pnode.net.addressbook import AddressBook
 from p2pnode.net.hardening import HANDSHAKE_TIMEOUT, MAX_INBOUND
 from p2pnode.net.identity import Identity
 from p2pnode.net.network import Network
-from p2pnode.net.transport import Stream
+from p2pnode.net.transport import Stream, receive_exactly
 
 AGENT = "p2pnode-test/1"
 ECHO = "/test/echo/1"
@@ -46,15 +46,6 @@ async def node(identity: Identity | None = None, listen: str | None = "/ip4/127.
 async def echo(stream: Stream) -> None:
     while data := await stream.receive_some(1 << 16):
         await stream.send_all(data)
-
-
-async def receive_exactly(stream: Stream, size: int) -> bytes:
-    data = bytearray()
-    while len(data) < size:
-        piece = await stream.receive_some(size - len(data))
-        assert piece, f"the stream ended after {len(data)} of {size} bytes"
-        data += piece
-    return bytes(data)
 
 
 async def ping(a: Network, b: Network) -> None:

@@ -11,9 +11,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from libp2p.relay.circuit_v2.pb.dcutr_pb2 import HolePunch
 
+from p2pnode.errors import StreamClosed
 from p2pnode.net.identity import Identity, peer_id_of
 from p2pnode.net.network import Network
-from p2pnode.net.punch import MAX_MESSAGE, MAX_TARGET_IPS, MAX_TARGETS, encode, receive, targets
+from p2pnode.net.punch import MAX_TARGET_IPS, MAX_TARGETS, hole_punch, receive, targets
+from p2pnode.net.relay.wire import MAX_MESSAGE, send_message
 from protocols.errors import FrameError
 from tests.net.test_network import node, ping
 
@@ -53,19 +55,30 @@ def test_a_stranger_cannot_make_us_dial_many(endpoints: list[tuple[int, int]]) -
 
 
 class Bytes:
-    """A stream that has said all it will."""
+    """A stream that says `data` and no more, and keeps what it is told."""
 
     peer = PEER
 
-    def __init__(self, data: bytes) -> None:
+    def __init__(self, data: bytes = b"") -> None:
         self.data = data
         self.taken = 0
+        self.told = b""
 
     async def receive_some(self, max_bytes: int) -> bytes:
         await trio.lowlevel.checkpoint()
         piece = self.data[self.taken : self.taken + max_bytes]
         self.taken += len(piece)
         return piece
+
+    async def send_all(self, data: bytes) -> None:
+        await trio.lowlevel.checkpoint()
+        self.told += data
+
+
+async def encode(kind: int, addrs: Sequence[str] = ()) -> bytes:
+    stream = Bytes()
+    await send_message(stream, hole_punch(kind, addrs))  # type: ignore[arg-type]
+    return stream.told
 
 
 async def decode(data: bytes, kind: int = HolePunch.CONNECT) -> Sequence[str]:
@@ -74,18 +87,16 @@ async def decode(data: bytes, kind: int = HolePunch.CONNECT) -> Sequence[str]:
 
 async def test_messages() -> None:
     addrs = ["/ip4/9.9.9.9/tcp/4747", "/ip6/2001:db8::1/tcp/1"]
-    assert await decode(encode(HolePunch.CONNECT, addrs)) == addrs
-    assert encode(HolePunch.SYNC).hex() == "0308ac02"  # as the specification's protobuf has it
+    assert await decode(await encode(HolePunch.CONNECT, addrs)) == addrs
+    assert (await encode(HolePunch.SYNC)).hex() == "0308ac02"  # as the specification's protobuf has it
     many = [f"/ip4/9.9.9.9/tcp/{port}" for port in range(1, 400)]
-    assert len(await decode(encode(HolePunch.CONNECT, many))) < 30
+    assert len(await decode(await encode(HolePunch.CONNECT, many))) < 30
 
 
 @pytest.mark.parametrize(
     "data",
     [
-        b"",
-        b"\x03\x08",
-        encode(HolePunch.SYNC),
+        b"\x03\x08\xac\x02",
         b"\x02\xff\xff",
         (MAX_MESSAGE + 1).to_bytes(2, "little"),
         b"\xff\xff\xff\xff\x0f",
@@ -94,6 +105,12 @@ async def test_messages() -> None:
 )
 async def test_malformed_messages_are_refused(data: bytes) -> None:
     with pytest.raises(FrameError):
+        await decode(data)
+
+
+@pytest.mark.parametrize("data", [b"", b"\x80", b"\x03\x08"])
+async def test_messages_that_break_off(data: bytes) -> None:
+    with pytest.raises(StreamClosed):
         await decode(data)
 
 

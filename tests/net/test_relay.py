@@ -15,6 +15,7 @@ import trio.testing
 from hypothesis import given
 from hypothesis import strategies as st
 from libp2p.relay.circuit_v2.pb.circuit_pb2 import HopMessage, PeerId, StopMessage
+from libp2p.utils.varint import encode_uvarint
 
 from p2pnode.errors import PeerUnreachable, RelayRefused, StreamClosed
 from p2pnode.net.identity import Identity
@@ -32,12 +33,11 @@ from p2pnode.net.relay.wire import (
     peer_text,
     receive_message,
     send_message,
-    varint,
 )
-from p2pnode.net.transport import Stream
+from p2pnode.net.transport import Stream, receive_exactly
 from protocols.errors import FrameError
 from protocols.relay import RelayLimits, Status
-from tests.net.circuits import ECHO, connect_through, echo_through, node, receive_exactly, relay_node, until
+from tests.net.circuits import ECHO, connect_through, echo_through, node, relay_node, until
 
 MIB = 1 << 20
 
@@ -334,7 +334,7 @@ async def test_a_relay_that_lies_is_a_named_error() -> None:
         message = hop_status(Status.OK)
         message.reservation.expire = 12345
         message.reservation.addrs.extend([b"", b"\xff\xff", b"\x04\x7f\0\0\x01\x06\x10", b"x" * 90])
-        answer = varint(message.ByteSize()) + message.SerializeToString()
+        answer = encode_uvarint(message.ByteSize()) + message.SerializeToString()
         reservation = await reserve(other, relay.peer_id)
         assert list(reservation.addrs) == relay.addrs()
         assert 60 < reservation.expires - trio.current_time() < 3600
@@ -356,7 +356,7 @@ class Bytes:
 
 
 @given(
-    st.one_of(st.binary(max_size=300), st.builds(lambda b: varint(len(b)) + b, st.binary(max_size=300))),
+    st.one_of(st.binary(max_size=300), st.builds(lambda b: encode_uvarint(len(b)) + b, st.binary(max_size=300))),
     st.integers(1, 100),
 )
 def test_no_bytes_break_the_reader(data: bytes, piece: int) -> None:
@@ -373,7 +373,7 @@ def test_no_bytes_break_the_reader(data: bytes, piece: int) -> None:
 @given(st.binary(max_size=200), st.binary(max_size=50), st.integers(1, 100))
 def test_the_reader_takes_its_message_and_no_more(peer: bytes, rest: bytes, piece: int) -> None:
     message = StopMessage(type=StopMessage.CONNECT, peer=PeerId(id=peer))
-    stream = Bytes(varint(message.ByteSize()) + message.SerializeToString() + rest, piece)
+    stream = Bytes(encode_uvarint(message.ByteSize()) + message.SerializeToString() + rest, piece)
 
     async def read() -> None:
         assert await receive_message(cast(Stream, stream), StopMessage) == message

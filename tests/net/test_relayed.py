@@ -16,9 +16,10 @@ from p2pnode.net.addresses import parse
 from p2pnode.net.changes import Change
 from p2pnode.net.identity import Identity
 from p2pnode.net.network import Network
+from p2pnode.net.transport import receive_exactly
 from p2pnode.net.traversal import NatSettings, Wanted
 from protocols.relay import RelayLimits
-from tests.net.test_network import ECHO, Events, echo, ping, receive_exactly
+from tests.net.test_network import ECHO, Events, echo, ping
 
 LOOPBACK = "/ip4/127.0.0.1/tcp/0"
 

@@ -12,9 +12,10 @@ from google.protobuf.message import DecodeError
 from libp2p.peer.pb.crypto_pb2 import KeyType
 from libp2p.peer.pb.envelope_pb2 import Envelope
 from libp2p.relay.circuit_v2.pb.circuit_pb2 import Voucher
+from libp2p.utils.varint import encode_uvarint
 
 from p2pnode.net.identity import Identity
-from p2pnode.net.relay.wire import peer_bytes, varint
+from p2pnode.net.relay.wire import peer_bytes
 
 DOMAIN = b"libp2p-relay-rsvp"
 PAYLOAD_TYPE = b"\x03\x02"
@@ -50,4 +51,4 @@ def check_voucher(data: bytes, relay: str, peer: str) -> int:
 
 
 def _signed(payload: bytes) -> bytes:
-    return b"".join(varint(len(part)) + part for part in (DOMAIN, PAYLOAD_TYPE, payload))
+    return b"".join(encode_uvarint(len(part)) + part for part in (DOMAIN, PAYLOAD_TYPE, payload))

@@ -1,4 +1,4 @@
-"""Messages of Circuit Relay v2 on a stream, and what both its ends need of a stream beside sending and receiving."""
+"""Messages of Circuit Relay v2 and DCUtR on a stream, and what the ends of a circuit need of it besides."""
 
 from __future__ import annotations
 
@@ -7,33 +7,25 @@ from typing import Any
 import base58
 from google.protobuf.message import DecodeError
 from libp2p.relay.circuit_v2.pb.circuit_pb2 import HopMessage, Limit, StopMessage
+from libp2p.utils.varint import encode_uvarint
 
 from p2pnode.errors import StreamClosed
 from p2pnode.net.hardening import LIBRARY_ERRORS
 from p2pnode.net.streams import NetworkStream
-from p2pnode.net.transport import Stream
+from p2pnode.net.transport import Stream, receive_exactly
 from protocols.errors import FrameError
 from protocols.relay import RelayLimits, Status
 
 HOP = "/libp2p/circuit/relay/0.2.0/hop"
 STOP = "/libp2p/circuit/relay/0.2.0/stop"
-MAX_MESSAGE = 4096  # bytes, go-libp2p's maxMessageSize
+MAX_MESSAGE = 4096  # bytes, go-libp2p's maxMessageSize for both protocols
 MAX_PEER_ID = 64  # bytes; an Ed25519 id has 38, a SHA-256 one 34
 
 
 async def send_message(stream: Stream, message: Any) -> None:
     """One message behind its length (unsigned varint)."""
     data: bytes = message.SerializeToString()
-    await stream.send_all(varint(len(data)) + data)
-
-
-def varint(n: int) -> bytes:
-    """An unsigned varint (https://github.com/multiformats/unsigned-varint)."""
-    out = bytearray()
-    while n >= 0x80:
-        out.append(n & 0x7F | 0x80)
-        n >>= 7
-    return bytes([*out, n])
+    await stream.send_all(encode_uvarint(len(data)) + data)
 
 
 async def receive_message(stream: Stream, kind: Any) -> Any:
@@ -43,29 +35,19 @@ async def receive_message(stream: Stream, kind: Any) -> Any:
     """
     size = shift = 0
     while True:
-        byte = (await _receive_exactly(stream, 1))[0]
+        byte = (await receive_exactly(stream, 1))[0]
         size |= (byte & 0x7F) << shift
         shift += 7
         if byte < 0x80:
             break
         if shift > 14:
-            raise FrameError("the length of a relay message is malformed")
+            raise FrameError(f"the length of a {kind.DESCRIPTOR.name} is malformed")
     if size > MAX_MESSAGE:
-        raise FrameError(f"a relay message of {size} bytes is longer than {MAX_MESSAGE}")
+        raise FrameError(f"a {kind.DESCRIPTOR.name} of {size} bytes is longer than {MAX_MESSAGE}")
     try:
-        return kind.FromString(await _receive_exactly(stream, size))
+        return kind.FromString(await receive_exactly(stream, size))
     except DecodeError as exc:
-        raise FrameError("a relay message is not a protobuf of its kind") from exc
-
-
-async def _receive_exactly(stream: Stream, size: int) -> bytes:
-    data = b""
-    while len(data) < size:
-        piece = await stream.receive_some(size - len(data))
-        if not piece:
-            raise StreamClosed(f"peer {stream.peer} ended the stream within a relay message")
-        data += piece
-    return data
+        raise FrameError(f"what should be a {kind.DESCRIPTOR.name} is no protobuf of that kind") from exc
 
 
 def peer_text(raw: bytes) -> str:
