@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import trio
 from libp2p.connection_types import ConnectionType
 from libp2p.rcmgr import Direction
 
+from p2pnode.callbacks import call_all
 from p2pnode.net.transport import Connection
-
-log = logging.getLogger(__name__)
 
 PeerCallback = Callable[[str], None]
 
@@ -67,17 +65,17 @@ class Connections:
         conns = self._since.setdefault(peer, {})
         conns[conn] = trio.current_time()
         if len(conns) == 1:
-            _call(self.connect_callbacks, peer)
+            call_all(self.connect_callbacks, peer)
         if upgraded:
-            _call(self.upgrade_callbacks, peer)
-        _call(self.new_callbacks, conn)
+            call_all(self.upgrade_callbacks, peer)
+        call_all(self.new_callbacks, conn)
 
     def disconnected(self, conn: Any) -> None:
         peer = str(conn.muxed_conn.peer_id)
         conns = self._since.get(peer, {})
         if conns.pop(conn, None) is not None and not conns:
             del self._since[peer]
-            _call(self.disconnect_callbacks, peer)
+            call_all(self.disconnect_callbacks, peer)
 
 
 class Notifee:
@@ -106,11 +104,3 @@ def _describe(peer: str, conn: Any, since: float) -> Connection:
     rtt = getattr(conn.muxed_conn, "rtt", None)
     direction = "in" if is_inbound(conn) else "out"
     return Connection(peer, str(addr), direction, since, rtt if isinstance(rtt, float) else None, is_relayed(conn))
-
-
-def _call(callbacks: Sequence[Callable[[Any], None]], subject: Any) -> None:
-    for callback in callbacks:
-        try:
-            callback(subject)
-        except Exception:
-            log.exception("a callback for %s failed", subject)

@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 
 import trio
 
+from p2pnode.callbacks import call_all
 from p2pnode.errors import NodeError, PeerUnreachable, StreamClosed
 from p2pnode.net.transport import Buffer, Connection, Provider, Stream, StreamHandler
 
@@ -139,8 +140,7 @@ class MemoryFabric:
         """A direct connection comes up beside the relayed one, whose streams go on."""
         self.relayed.discard(frozenset((a, b)))
         for here, there in ((a, b), (b, a)):
-            for callback in self.nodes[here].upgraded:
-                callback(there)
+            call_all(self.nodes[here].upgraded, there)
 
     async def stop_relay(self, a: str, b: str) -> None:
         """The relay dies: its streams break, direct ones go on."""
@@ -187,10 +187,8 @@ class MemoryNetwork:
             raise PeerUnreachable(f"peer {peer} cannot be reached")
         if peer not in self.links:
             self.links[peer], other.links[self._peer_id] = [], []
-            for callback in self._connected:
-                callback(peer)
-            for callback in other._connected:
-                callback(self._peer_id)
+            call_all(self._connected, peer)
+            call_all(other._connected, self._peer_id)
 
     async def open_stream(self, peer: str, protocol: str) -> Stream:
         await self.connect(peer)
@@ -238,8 +236,7 @@ class MemoryNetwork:
             return
         for stream in streams:
             await stream.reset()
-        for callback in self._disconnected:
-            callback(peer)
+        call_all(self._disconnected, peer)
 
 
 class MemoryRouter:

@@ -30,6 +30,7 @@ from libp2p.tools.anyio_service import background_trio_service
 from libp2p.transport.exceptions import OpenConnectionError
 from libp2p.utils import varint
 
+from p2pnode.callbacks import call_all
 from p2pnode.errors import NodeError, NotListening, StreamClosed
 from p2pnode.net import sockets
 from p2pnode.net.addressbook import AddressBook
@@ -355,7 +356,7 @@ class Network:
             if not self.connections_book.direct(peer):
                 self.connector.improve(peer)
             # The protocols come after the addresses, within the same step of the event loop.
-            trio.lowlevel.current_trio_token().run_sync_soon(_tell, self._identified_callbacks, peer)
+            trio.lowlevel.current_trio_token().run_sync_soon(call_all, self._identified_callbacks, peer)
 
     async def _dial_for_library(self, peer_id: Any) -> list[Any]:
         """`Swarm.dial_peer` for the library's own protocols."""
@@ -364,14 +365,6 @@ class Network:
         except NodeError as exc:
             raise SwarmException(str(exc)) from exc
         return [conn for conn in self._swarm.get_connections(peer_id) if not conn.is_closed]
-
-
-def _tell(callbacks: Sequence[Callable[[str], None]], peer: str) -> None:
-    for callback in callbacks:
-        try:
-            callback(peer)
-        except Exception:
-            log.exception("a callback for peer %s failed", peer)
 
 
 def _unwrap(error: BaseException) -> BaseException:

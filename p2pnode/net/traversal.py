@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 import trio
 from libp2p.custom_types import TProtocol
 
+from p2pnode.callbacks import call_all
 from p2pnode.net import upnp
 from p2pnode.net.addresses import Address, Scope, parse
 from p2pnode.net.changes import Change, watch
@@ -156,11 +157,7 @@ class Traversal:
             if self._nursery is not None:
                 self._nursery.start_soon(self._probe_all)
         self._addrs_changed()
-        for callback in self.change_callbacks:
-            try:
-                callback(change)
-            except Exception:  # whoever is told must not end the node
-                log.exception("a callback for a change of the network failed")
+        call_all(self.change_callbacks, change)
 
     def status(self) -> dict[str, Any]:
         """For `status` and `doctor`, as JSON."""
@@ -284,8 +281,7 @@ class Traversal:
                 continue
             self._announced = addrs
             log.info("this node's addresses are now %s", ", ".join(addrs))
-            for callback in self.addrs_callbacks:
-                callback()
+            call_all(self.addrs_callbacks)
             async with trio.open_nursery() as nursery:
                 for conn in self._network.connections_book.every():
                     nursery.start_soon(self._network.push_identify, conn, PUSH_TIMEOUT)

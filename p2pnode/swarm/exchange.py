@@ -15,6 +15,7 @@ from dataclasses import dataclass
 
 import trio
 
+from p2pnode.callbacks import call_all
 from p2pnode.errors import NodeError, PeerUnreachable, RemoteError, StoreError, UsageError
 from p2pnode.net.transport import Buffer, Stream, Transport
 from p2pnode.nix.trust import TrustedKeys
@@ -349,8 +350,7 @@ class Exchange:
 
     def _on_availability(self, peer: str, message: m.Availability) -> None:
         root = message.root
-        for callback in self.availability_callbacks:
-            callback(peer, message)
+        call_all(self.availability_callbacks, peer, message)
         if not any(download.root == root for download in self._downloads.values()):
             return  # crossed with our loss of interest
         repeated = self._repeats.get((root, peer), 0)

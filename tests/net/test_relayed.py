@@ -138,6 +138,23 @@ async def test_another_relay_is_announced_when_one_goes_and_peers_hear_of_it() -
             await until(lambda: told)
 
 
+async def test_whoever_is_told_of_addresses_cannot_end_the_node(caplog: pytest.LogCaptureFixture) -> None:
+    def fail() -> None:
+        raise RuntimeError("a callback with a bug")
+
+    async with (
+        node(reachability=Wanted.PUBLIC, serve=RelayLimits()) as r,
+        node(listen=None, reachability=Wanted.PRIVATE, relays=(r.addrs()[0],)) as b,
+    ):
+        told = trio.Event()
+        b.on_addrs(fail)
+        b.on_addrs(told.set)
+        with trio.fail_after(8):
+            await told.wait()
+        await ping(b, r)
+    assert "a callback with a bug" in caplog.text
+
+
 async def test_somebody_else_behind_the_circuit_is_not_taken_for_the_peer() -> None:
     async with (
         node(reachability=Wanted.PUBLIC, serve=RelayLimits()) as r,
