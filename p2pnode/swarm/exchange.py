@@ -300,6 +300,9 @@ class Exchange:
 
     def _leave(self, session: PeerSession) -> None:
         del self._sessions[session.peer]
+        for old in [each for each in self._retired if each.peer == session.peer]:
+            self._retired.discard(old)  # what it had yet to send is of the account that is closed here
+            old.close("the session that took over has ended")
         self._unfollow(session)
         self._uploads.leave(session.peer)
         self._uploads_changed.set()  # what it had queued made others wait
@@ -622,9 +625,10 @@ class Exchange:
     # Uploads
 
     def _on_sent(self, session: PeerSession, size: int) -> None:
-        self._uploads.sent(session.peer, size)
         self._sent[session.peer] = self._sent.get(session.peer, 0) + size
-        self._uploads_changed.set()
+        if self._sessions.get(session.peer) is session or session in self._retired:
+            self._uploads.sent(session.peer, size)  # an earlier session's account was closed with it
+            self._uploads_changed.set()
 
     async def _upload(self) -> None:
         while True:
