@@ -26,7 +26,7 @@ import trio
 import zstandard
 
 from p2pnode.errors import NarInfoError, OutputExists, VerificationFailed
-from p2pnode.nix.cli import topological_order
+from p2pnode.nix.cli import PathInfo, topological_order
 from p2pnode.nix.daemon import OpenNar
 from p2pnode.nix.hashes import nix32_encode
 from p2pnode.nix.nar_format import write_error
@@ -101,20 +101,37 @@ class CacheDir:
         complete = stat.S_ISREG(status.st_mode) and status.st_size == narinfo.file_size
         return narinfo if complete else None
 
-    def missing(self, paths: Iterable[StorePath]) -> list[StorePath]:
-        """Those of `paths` that `begin` would ask the NAR of."""
-        return [path for path in paths if self.narinfo(path) is None]
+    def holds(self, info: PathInfo, *, references: bool = True) -> bool:
+        """Whether the path is there, so that `begin` would not ask for its NAR; its references count if `references`.
+
+        Raises OutputExists if something else is there under its name.
+        """
+        return self._present(info, references=references) is not None
+
+    def _present(self, info: PathInfo, *, references: bool = True) -> NarInfo | None:
+        present = self.narinfo(info.path)
+        if present is None:
+            return None
+        there = present.info
+        if (there.nar_hash, there.nar_size) != (info.nar_hash, info.nar_size):
+            other = "contents"
+        elif references and set(there.references) != set(info.references):
+            other = "references"
+        else:
+            return present
+        # Readers may have the old narinfo still; and who put it there is not known, so its words are not signed.
+        raise OutputExists(
+            f"{self.path} holds {info.path} with other {other}; remove {info.path.digest}.narinfo there first"
+        )
 
     def begin(self, signed: SignedInfo) -> CacheEntry | None:
         """Start writing a path; None if it is there already, its signatures completed.
 
-        Raises OutputExists if other contents are there under its name: readers may have the old narinfo still.
+        Raises OutputExists if other contents or references are there under its name.
         """
-        present = self.narinfo(signed.info.path)
+        present = self._present(signed.info)
         if present is None:
             return CacheEntry(self, signed)
-        if present.info.nar_hash != signed.info.nar_hash:
-            raise OutputExists(f"{self.path} holds {signed.info.path} with other contents; remove it there first")
         signatures = merged(present.signatures, signed.signatures, (key.sign(present.info) for key in self._keys))
         if set(signatures) != set(present.signatures):
             complete = NarInfo(

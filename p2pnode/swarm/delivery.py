@@ -79,8 +79,7 @@ async def open_delivery(store: Store, paths: ImagePaths, to: IntoStore | ToCache
     """Look what is there already, and keep it. Raises DaemonUnavailable, OutputExists, StoreError."""
     if isinstance(to, ToCache):
         cache = await trio.to_thread.run_sync(lambda: CacheDir(to.path, keys=to.keys))
-        missing = set(await trio.to_thread.run_sync(cache.missing, paths.paths))
-        yield _CacheDelivery(store, paths, cache, frozenset(_numbers(paths, missing)))
+        yield _CacheDelivery(store, paths, cache, await trio.to_thread.run_sync(_in_cache, cache, paths))
         return
     async with AsyncExitStack() as stack:
         session = await stack.enter_async_context(open_session(socket=daemon_socket(), store_root=to.store_root))
@@ -94,6 +93,11 @@ async def open_delivery(store: Store, paths: ImagePaths, to: IntoStore | ToCache
 
 def _numbers(paths: ImagePaths, missing: set[StorePath]) -> list[int]:
     return [number for number, path in enumerate(paths.paths) if path not in missing]
+
+
+def _in_cache(cache: CacheDir, paths: ImagePaths) -> frozenset[int]:
+    numbers = range(len(paths.paths))
+    return frozenset(number for number in numbers if cache.holds(paths.info(number), references=paths.complete))
 
 
 class _StoreDelivery:
@@ -172,8 +176,12 @@ class _CacheDelivery:
         """Signatures that have become known since a path was put into the cache."""
         for number in self.present:
             best = self._paths.best(number, gate.trust.keys)
-            if best is not None:
-                self._cache.begin(best[0])
+            if best is None:
+                continue
+            signed, verdict = best
+            # It did not pass the gate, and where a proof is demanded our own signature is none.
+            if not gate.trust.demanded or (verdict.trusted and not verdict.needs_contents):
+                self._cache.begin(signed)
 
     async def finish(self) -> Path:
         return self._cache.path

@@ -9,7 +9,7 @@ import os
 import socket
 import subprocess
 import time
-from collections.abc import Iterable
+from collections.abc import AsyncGenerator, Iterable
 from pathlib import Path
 from typing import Any, Self
 
@@ -17,6 +17,7 @@ import psutil
 
 from p2pnode.nix.cli import PathInfo
 from p2pnode.nix.hashes import parse_sha256
+from p2pnode.nix.nar_reader import Buffer
 from p2pnode.nix.narmap import dump
 from p2pnode.nix.signatures import Signature, SignedInfo
 from p2pnode.nix.storepath import StorePath
@@ -89,6 +90,11 @@ class ChrootStore:
 
     def real(self, path: StorePath) -> Path:
         return self.root / str(path).lstrip("/")
+
+    async def open_nar(self, info: PathInfo) -> AsyncGenerator[Buffer, None]:
+        """An `OpenNar` of what is in this store."""
+        for piece in dump(self.real(info.path)):
+            yield piece
 
 
 def signed_infos(said: Iterable[dict[str, Any]]) -> list[SignedInfo]:

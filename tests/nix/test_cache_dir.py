@@ -97,7 +97,7 @@ async def test_again_changes_nothing_and_asks_for_nothing(tmp_path):
     assert report.added == () and len(report.present) == 3 and contents(tmp_path) == before
     report = await to_cache(CacheDir(tmp_path, compression="none"), SIGNED, open_nar)
     assert len(report.present) == 3 and before.items() <= contents(tmp_path).items()
-    assert not CacheDir(tmp_path).missing(NARS)
+    assert all(CacheDir(tmp_path).holds(each.info) for each in SIGNED)
 
 
 async def test_signatures_are_added_to_what_is_there(tmp_path):
@@ -144,11 +144,26 @@ async def test_what_a_crash_left_is_completed(tmp_path):
     assert contents(tmp_path) == whole
 
 
-async def test_other_contents_under_one_name(tmp_path):
+@pytest.mark.parametrize(
+    "planted",
+    [{"nar_hash": bytes(32)}, {"nar_size": 4711}, {"references": (SIGNED[-1].info.path,)}],
+    ids=["hash", "size", "references"],
+)
+async def test_another_path_under_one_name_is_neither_signed_nor_overwritten(tmp_path, planted):
     await to_cache(CacheDir(tmp_path), SIGNED[:1], open_nar)
-    other = dataclasses.replace(SIGNED[0], info=dataclasses.replace(SIGNED[0].info, nar_hash=bytes(32)))
-    with pytest.raises(OutputExists, match=str(other.info.path)):
-        await to_cache(CacheDir(tmp_path), [other], no_nar)
+    signed = SIGNED[0]
+    file = tmp_path / f"{signed.info.path.digest}.narinfo"
+    narinfo = parse(file.read_bytes())
+    other = dataclasses.replace(narinfo, info=dataclasses.replace(signed.info, **planted))
+    file.write_text(other.format())
+    cache = CacheDir(tmp_path, keys=[OTHER_SECRET])
+    with pytest.raises(OutputExists, match=str(signed.info.path)):
+        cache.holds(signed.info)
+    with pytest.raises(OutputExists, match=f"remove {file.name}"):
+        await to_cache(cache, [signed], no_nar)
+    assert file.read_text() == other.format()
+    if "references" in planted:
+        assert cache.holds(signed.info, references=False)
 
 
 def test_a_directory_that_cannot_be_one(tmp_path):

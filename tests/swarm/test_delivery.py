@@ -5,20 +5,24 @@ from __future__ import annotations
 import os
 import random
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from p2pnode.errors import DaemonError, DiskFull, VerificationFailed
+from p2pnode.errors import DaemonError, DiskFull, OutputExists, VerificationFailed
 from p2pnode.images.importer import import_path
 from p2pnode.images.paths import keep_claims
+from p2pnode.nix.cache_dir import CacheDir, to_cache
 from p2pnode.nix.daemon import DaemonConnection, OpenNar
+from p2pnode.nix.narinfo import parse
 from p2pnode.nix.signatures import SecretKey, SignedInfo
 from p2pnode.nix.storepath import StorePath
 from p2pnode.nix.trust import TrustedKeys
 from p2pnode.nix.trust_policy import Trust
 from p2pnode.store.records import Origin
-from p2pnode.swarm.delivery import IntoStore
+from p2pnode.swarm.delivery import IntoStore, ToCache
 from p2pnode.swarm.fetcher import Fetched
 from protocols.manifest import Image, ImageObject, Kind, encode_image
 from tests.nix.stores import ChrootStore, NixDaemon
@@ -119,6 +123,45 @@ async def test_one_path_needs_its_references_in_the_store(
     fetched = await fetch(leech, image, store)
     assert fetched.delivered["store"]["added"] == 1 and fetched.received_bytes == 0
     assert store.info(LIB)[0].info.references == (DEP,)
+
+
+@pytest.fixture
+async def cache(seed: tuple[Peer, Image], tmp_path: Path) -> Path:
+    """A binary cache with all paths of the image, unsigned."""
+    source = ChrootStore(tmp_path / "source")
+    await to_cache(CacheDir(tmp_path / "cache"), source.info(DEP, LIB, TOP), source.open_nar)
+    return tmp_path / "cache"
+
+
+@pytest.mark.parametrize("planted", [{"nar_hash": bytes(32)}, {"references": ()}], ids=["contents", "references"])
+async def test_a_cache_with_something_else_is_told_of_before_anything_is_fetched(
+    world: World, seed: tuple[Peer, Image], cache: Path, planted: dict[str, Any]
+) -> None:
+    leech, image = await world.peer("leech"), seed[1]
+    (cache / f"{DEP.digest}.narinfo").unlink()
+    file = cache / f"{LIB.digest}.narinfo"
+    narinfo = parse(file.read_bytes())
+    file.write_text(replace(narinfo, info=replace(narinfo.info, **planted)).format())
+    before = {each.name: each.read_bytes() for each in cache.glob("*.narinfo")}
+    with pytest.raises(OutputExists, match=str(LIB)):
+        await leech.fetch(image.id, to=ToCache(cache, (KEY,)))
+    assert {each.name: each.read_bytes() for each in cache.glob("*.narinfo")} == before
+    assert leech.exchange.traffic("seed").received < SIZE
+
+
+@pytest.mark.parametrize("demanded", [False, True])
+async def test_what_nothing_proves_does_not_get_our_signature(
+    world: World, seed: tuple[Peer, Image], cache: Path, demanded: bool
+) -> None:
+    """Where proof is demanded, a path that was in the cache before is not taken for proved."""
+    leech, image = await world.peer("leech"), seed[1]
+    mine, stranger = SecretKey.generate("mine-1"), SecretKey.generate("stranger-1")
+    trust = Trust(TrustedKeys([stranger.public_key()]), demanded)
+    fetched = await leech.fetch(image.id, to=ToCache(cache, (mine,)), trust=trust)
+    assert fetched.delivered["cache"]["present"] == 3
+    for path in (DEP, LIB, TOP):
+        names = {each.key_name for each in parse((cache / f"{path.digest}.narinfo").read_bytes()).signatures}
+        assert ("mine-1" in names) is not demanded
 
 
 async def test_references_in_a_circle_are_the_images_fault(
