@@ -190,15 +190,17 @@ class Narinfos:
             nursery.start_soon(self._search.find, part, on_found)
         return offer
 
-    async def upstream_of(self, signed: SignedInfo) -> tuple[Upstream, NarInfo] | None:
-        """An upstream cache that has just this NAR, asked now."""
+    async def upstream_of(self, signed: SignedInfo) -> Offer | None:
+        """An upstream cache that has just this NAR, asked now, and what it says of the path."""
         for upstream in self._upstreams:
             if upstream.resting:
                 continue
             narinfo = await upstream.narinfo(signed.info.path.digest, LOOKUP_LIMIT)
-            same = narinfo is not None and narinfo.info.nar_hash == signed.info.nar_hash
-            if narinfo is not None and same and self._accept(narinfo, upstream.cache.url) is not None:
-                return upstream, narinfo
+            if narinfo is None or narinfo.info.nar_hash != signed.info.nar_hash:
+                continue
+            proved = self._accept(narinfo, upstream.cache.url)
+            if proved is not None:
+                return Offer(narinfo.signed, proved, upstream=upstream, narinfo=narinfo)
         return None
 
     def _remember(self, part: bytes, offer: Offer) -> None:

@@ -341,21 +341,16 @@ class Nars:
     # Upstream caches
 
     async def _from_upstream(self, nar_hash: bytes, offer: Offer | None) -> Source | None:
-        signed = None if offer is None else offer.signed
-        if signed is None:
-            records = await trio.to_thread.run_sync(self._records.of_nar, nar_hash)
-            signed = records[0].signed if records else None
-        if signed is None:
+        if offer is None or offer.upstream is None:
+            signed = None if offer is None else offer.signed
+            if signed is None:
+                records = await trio.to_thread.run_sync(self._records.of_nar, nar_hash)
+                signed = records[0].signed if records else None
+            offer = None if signed is None else await self._narinfos.upstream_of(signed)
+        if offer is None or offer.upstream is None or offer.narinfo is None:
             return None
-        if offer is not None and offer.upstream is not None and offer.narinfo is not None:
-            place: tuple[Upstream, NarInfo] | None = (offer.upstream, offer.narinfo)
-        else:
-            place = await self._narinfos.upstream_of(signed)
-        if place is None:
-            return None
-        spool = self._spools[nar_hash] = Spool(place[1], self._directory)
-        proved = offer is None or offer.proved
-        self._spawn(self._download, nar_hash, spool, place[0], proved)
+        spool = self._spools[nar_hash] = Spool(offer.narinfo, self._directory)
+        self._spawn(self._download, nar_hash, spool, offer.upstream, offer.proved)
         try:
             await spool.wait(0)
         except NodeError:

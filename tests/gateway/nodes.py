@@ -79,6 +79,8 @@ class Node:
         self.records = PathRecords(self.store)
         self.server = NarinfoServer(network, self.records)
         self.locks: dict[CID, trio.Lock] = {}
+        self._announced: set[CID] = set()
+        self._news = trio.Event()
 
     async def _find(self, root: CID, keys: Sequence[bytes]) -> dict[str, list[bytes]]:
         found = await self.router.find([root.to_bytes(), *keys])
@@ -95,6 +97,15 @@ class Node:
 
     def _announce(self, image: Image) -> None:
         self.router.provide([image.id.to_bytes()])
+        self._announced.add(image.id)
+        self._news.set()
+        self._news = trio.Event()
+
+    async def announces(self, count: int) -> None:
+        """Wait until so many images were announced: one from an upstream cache is when all that it brings is kept."""
+        with trio.fail_after(10):
+            while len(self._announced) < count:
+                await self._news.wait()
 
     def services(self) -> Services:
         return Services(

@@ -12,10 +12,13 @@ import pytest
 import trio
 
 from p2pnode.nix.hashes import format_sha256
-from p2pnode.nix.narinfo import NarInfo, parse
-from tests.gateway.nodes import DEMANDED, Path_, World, content
+from p2pnode.nix.narinfo import MAX_SIGNATURES, NarInfo, parse
+from p2pnode.nix.signatures import Signature, SignedInfo
+from p2pnode.store import claims
+from tests.gateway.nodes import DEMANDED, NOT_DEMANDED, Path_, World, content
 from tests.nix.caches import ROOT, path, text, vectors
 from tests.nix.test_binary_cache import always, files, response, serving
+from tests.swarm.test_exchange import drop
 
 Handler = Callable[[str, trio.SocketStream], Awaitable[None]]
 
@@ -80,8 +83,8 @@ async def test_what_the_swarm_has_not_comes_over_http_and_is_served_on(
         assert sum(b" /nar/" in request for request in requests) == 2
         part = await client.get(lib.nar_url, headers={"Range": "bytes=1000000-"})
         assert part.status_code == 206 and part.content == lib.nar[1_000_000:]
-    while len([record for record in c.store.images() if record.complete]) < 2:
-        await trio.sleep(0.01)
+    await c.announces(2)
+    assert [record.complete for record in c.store.images()] == [True, True]
     other = await world.gateway(d)  # upstream is gone
     narinfo = parse((await other.get(tool.narinfo_url)).content, expect=tool.path)
     assert narinfo.signed == tool.signed
@@ -223,3 +226,21 @@ async def test_an_upstream_is_no_oracle_for_what_is_not_trusted(world: World) ->
     async with serving(always(response(narinfo))) as url:
         client = await world.gateway(node, upstreams=(url,))
         assert (await client.get(lib.narinfo_url)).status_code == 404
+
+
+async def test_what_an_upstream_says_without_proof_is_kept_as_that(world: World, tmp_path: Path) -> None:
+    """Also where nobody asked for the narinfo before: the path is known here, and its contents are gone."""
+    node = await world.node("c")
+    (lib,) = node.provide({"lib": (content(1000), ())}, key=None)
+    [record] = node.store.images()
+    image = node.store.image(record.id)
+    assert image is not None
+    drop(node.store, list(image.chunks))
+    junk = tuple(Signature(f"nobody-{number}", bytes(64)) for number in range(MAX_SIGNATURES))
+    cache(tmp_path / "cache", [Path_(SignedInfo(lib.signed.info, junk), lib.nar)])
+    async with serving(files(tmp_path / "cache")) as url:
+        client = await world.gateway(node, NOT_DEMANDED, upstreams=(url,), swarm_seconds=0.1)
+        assert (await client.get(lib.nar_url)).content == lib.nar
+        await node.announces(2)  # the image that it had, and the one that came
+    [kept] = claims.of_path(node.store.catalog, lib.path.base_name)
+    assert len(kept.signatures) == claims.MAX_UNPROVED
