@@ -100,7 +100,7 @@ class Traversal:
         if self._settings.serve is not None:
             self.server = RelayServer(network, self._settings.serve, self._identity)
         self.puncher = Puncher(network, self._own_endpoints) if self._settings.punch else None
-        accept_circuits(network, network.connector.accept_circuit)
+        accept_circuits(network, network.connector.accept_circuit, self.keeper.admits)
         network.on_upgrade(self._upgraded)
         network.on_connect(self._news)
         network.on_identified(self._identified)

@@ -11,6 +11,7 @@ import trio.testing
 from p2pnode.net.addressbook import AddressBook
 from p2pnode.net.identity import Identity
 from p2pnode.net.network import Network
+from p2pnode.net.relay.client import accept_circuits
 from p2pnode.net.relay.server import RelayServer
 from p2pnode.net.transport import Stream, receive_exactly
 from p2pnode.net.traversal import NatSettings, Wanted
@@ -26,6 +27,10 @@ async def echo(stream: Stream) -> None:
         await stream.send_all(data)
 
 
+def anywhere(relay: str) -> bool:
+    return True
+
+
 @asynccontextmanager
 async def node(identity: Identity | None = None, listen: str | None = "/ip4/127.0.0.1/tcp/0") -> AsyncIterator[Network]:
     async with Network.open(
@@ -36,6 +41,7 @@ async def node(identity: Identity | None = None, listen: str | None = "/ip4/127.
         nat=PASSIVE,
     ) as network:
         network.handle(ECHO, echo)
+        accept_circuits(network, network.connector.accept_circuit, anywhere)  # tests reserve without a keeper
         yield network
 
 

@@ -37,7 +37,7 @@ from p2pnode.net.relay.wire import (
 from p2pnode.net.transport import Stream, receive_exactly
 from protocols.errors import FrameError
 from protocols.relay import RelayLimits, Status
-from tests.net.circuits import ECHO, connect_through, echo_through, node, relay_node, until
+from tests.net.circuits import ECHO, anywhere, connect_through, echo_through, node, relay_node, until
 
 MIB = 1 << 20
 
@@ -70,7 +70,7 @@ def raw_acceptor(network: Network) -> trio.MemoryReceiveChannel[CircuitConnectio
     async def on_inbound(raw: CircuitConnection, source: str, relay: str) -> None:
         send.send_nowait(raw)
 
-    accept_circuits(network, on_inbound)
+    accept_circuits(network, on_inbound, anywhere)
     return receive
 
 
@@ -459,7 +459,7 @@ async def test_idle_circuits_make_room() -> None:
         held = [await dial(source, relay.peer_id, target.peer_id) for _ in range(3)]
         for _ in held:
             await circuits.receive()
-        accept_circuits(target, target.connector.accept_circuit)
+        accept_circuits(target, target.connector.accept_circuit, anywhere)
         await connect_through(other, relay, target)
         await echo_through(other, target)
         assert relaying.statistics().circuits_evicted >= 1
@@ -575,7 +575,7 @@ async def test_a_reader_that_stalls_holds_little_and_only_its_own() -> None:
                 await raw.write(bytes(1 << 16))
                 sent += 1 << 16
 
-        accept_circuits(target, target.connector.accept_circuit)
+        accept_circuits(target, target.connector.accept_circuit, anywhere)
         await connect_through(other, relay, target)
         async with trio.open_nursery() as nursery:
             for raw in stalled:

@@ -9,6 +9,7 @@ from contextlib import asynccontextmanager
 import pytest
 import trio
 from libp2p.peer.id import ID
+from libp2p.relay.circuit_v2.pb.circuit_pb2 import PeerId, StopMessage
 
 from p2pnode.errors import PeerUnreachable
 from p2pnode.net.addressbook import AddressBook
@@ -16,9 +17,10 @@ from p2pnode.net.addresses import parse
 from p2pnode.net.changes import Change
 from p2pnode.net.identity import Identity
 from p2pnode.net.network import Network
+from p2pnode.net.relay.wire import STOP, peer_bytes, receive_message, send_message
 from p2pnode.net.transport import receive_exactly
 from p2pnode.net.traversal import NatSettings, Wanted
-from protocols.relay import RelayLimits
+from protocols.relay import RelayLimits, Status
 from tests.net.test_network import ECHO, Events, echo, ping
 
 LOOPBACK = "/ip4/127.0.0.1/tcp/0"
@@ -153,6 +155,34 @@ async def test_whoever_is_told_of_addresses_cannot_end_the_node(caplog: pytest.L
             await told.wait()
         await ping(b, r)
     assert "a callback with a bug" in caplog.text
+
+
+async def test_only_relays_that_it_asked_can_bring_circuits() -> None:
+    """Any peer can say that it is a relay: its circuits would take the places of those that others need."""
+
+    async def offer(relay: Network, target: Network) -> Status:
+        source = peer_bytes(Identity.generate().peer_id)
+        with trio.fail_after(5):
+            stop = await relay.open_stream(target.peer_id, STOP)
+            await send_message(stop, StopMessage(type=StopMessage.CONNECT, peer=PeerId(id=source)))
+            answer = await receive_message(stop, StopMessage)
+            await stop.reset()
+        return Status(answer.status)
+
+    async with (
+        node(reachability=Wanted.PUBLIC, serve=RelayLimits()) as r,
+        node(reachability=Wanted.PUBLIC, serve=RelayLimits()) as other,
+        node(listen=None, reachability=Wanted.PRIVATE, relays=(r.addrs()[0],)) as b,
+        node(reachability=Wanted.PUBLIC) as public,
+    ):
+        await until(lambda: circuit_addrs(b))
+        await other.connect(public.peer_id, public.addrs())
+        assert await offer(other, public) is Status.PERMISSION_DENIED
+        assert await offer(r, b) is Status.OK
+        b.traversal.keeper.disable()  # it has found out that it is public
+        await b.connect(other.peer_id, other.addrs())
+        assert await offer(other, b) is Status.PERMISSION_DENIED
+        assert await offer(r, b) is Status.OK
 
 
 async def test_somebody_else_behind_the_circuit_is_not_taken_for_the_peer() -> None:

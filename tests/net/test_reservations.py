@@ -153,6 +153,28 @@ async def test_refusals_dead_addresses_and_silence_do_not_hold_it_up(monkeypatch
     await silent[0].aclose()
 
 
+async def test_circuits_are_admitted_for_as_long_as_a_relay_may_bring_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(reservations, "GRACE", 0.2)
+    async with (
+        relay_node(RelayLimits(reservation_ttl=2.0)) as (relay, _),
+        node(listen=None) as private,
+        keeping(private, relay) as kept,
+    ):
+        keeper, peer = kept.keeper, relay.peer_id
+        assert not keeper.admits(peer)
+        keeper.enable()
+        await until(lambda: peer in keeper.statistics().trying or bool(kept.held()))
+        assert keeper.admits(peer)  # the relay may know of the place before we do
+        await kept.hold({peer})
+        [held] = keeper.statistics().held
+        await until(lambda: keeper.statistics().held != (held,))  # renewed
+        assert keeper.admits(peer) and not keeper.admits(private.peer_id)
+        keeper.disable()
+        assert kept.held() == set() and keeper.admits(peer)  # neither the relay knows nor who has the address
+        await until(lambda: not keeper.admits(peer))
+        assert trio.current_time() > held.expires
+
+
 async def test_poking_tries_again_but_not_where_it_was_refused() -> None:
     identity = Identity.generate()
     async with (
@@ -165,9 +187,10 @@ async def test_poking_tries_again_but_not_where_it_was_refused() -> None:
         await until(lambda: len(kept.keeper.statistics().failures) == 2)
         async with trio.open_nursery() as nursery:
             nursery.start_soon(RelayServer(later_a_relay, RelayLimits(), identity).run)
-            while not kept.held():
-                kept.keeper.poke()
-                await trio.sleep(0.01)
+            with trio.fail_after(5):
+                while not kept.held():
+                    kept.keeper.poke()
+                    await trio.sleep(0.01)
             nursery.cancel_scope.cancel()
         assert sum(at_full.statistics().refused.values()) == 1
 

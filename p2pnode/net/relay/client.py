@@ -135,11 +135,16 @@ async def dial(network: Transport, relay: str, target: str) -> CircuitConnection
             await hop.reset()
 
 
-def accept_circuits(network: Transport, on_inbound: Callable[[CircuitConnection, str, str], Awaitable[None]]) -> None:
+def accept_circuits(
+    network: Transport,
+    on_inbound: Callable[[CircuitConnection, str, str], Awaitable[None]],
+    admits: Callable[[str], bool],
+) -> None:
     """From now on, accept what relays bring: `await on_inbound(connection, source, relay)` for every circuit.
 
     It upgrades the connection and returns; when it raises, the circuit is reset. Who the source really is only the
-    security handshake on the connection proves. May be called once per network.
+    security handshake on the connection proves. Circuits through a `relay` that is not admitted are refused: any peer
+    can say that it is one. May be called once per network.
     """
 
     async def serve(stream: Stream) -> None:
@@ -156,7 +161,7 @@ def accept_circuits(network: Transport, on_inbound: Callable[[CircuitConnection,
         except FrameError:
             await send_message(stop, stop_status(Status.MALFORMED_MESSAGE))
             return
-        if stop.relayed:  # a circuit within a circuit
+        if stop.relayed or not admits(stop.peer):  # relayed: a circuit within a circuit
             await send_message(stop, stop_status(Status.PERMISSION_DENIED))
             return
         await send_message(stop, stop_status(Status.OK))

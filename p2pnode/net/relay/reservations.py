@@ -29,6 +29,8 @@ SLOW_ATTEMPT = 2.0  # s after which another candidate is tried beside one that d
 POLL_INTERVAL = 5.0  # s between looks for new candidates while there are too few reservations
 RENEW_JITTER = 0.1  # of the half life, so that those who came together do not renew together
 MIN_RENEW = 1.0  # s
+GRACE = 60.0  # s after a reservation's end in which the relay may still take it for good: its clock is not ours
+MAX_GRANTED = 64  # relays remembered that granted one
 
 # First pause after a failure, in s; it doubles with each further one.
 PAUSE_LOST = 1.0  # also unreachable: it may be restarting
@@ -101,6 +103,7 @@ class ReservationKeeper:
         self._enabled = False
         self._slots: dict[str, _Slot] = {}
         self._failures: dict[str, _Failure] = {}
+        self._granted: dict[str, float] = {}  # until when a relay may bring circuits, the latest granted last
         self._announced: list[str] = []
         self._wake = trio.Event()
         network.on_disconnect(self._disconnected)
@@ -132,6 +135,14 @@ class ReservationKeeper:
     def circuit_addrs(self) -> list[str]:
         """<relay's address>/p2p/<relay>/p2p-circuit for everything that is held."""
         return [addr for held in self._held() for addr in held.circuit_addrs()]
+
+    def admits(self, relay: str) -> bool:
+        """Whether `relay` may bring us circuits.
+
+        It may where a place is held, or being asked for, as the answer may come after the first circuit; and where one
+        was held, until that has run out: we cannot give it back, and others know the address.
+        """
+        return relay in self._slots or trio.current_time() < self._granted.get(relay, float("-inf"))
 
     def statistics(self) -> ReservationStatistics:
         held = self._held()
@@ -220,6 +231,7 @@ class ReservationKeeper:
                 log.info("reserved a place at relay %s", relay)
                 while not slot.lost.is_set():
                     slot.reservation = reservation
+                    self._remember(reservation)
                     self._changed()
                     half = (reservation.expires - trio.current_time()) / 2
                     half *= 1 - RENEW_JITTER * self._chance.random()
@@ -249,6 +261,12 @@ class ReservationKeeper:
         pause = min(MAX_PAUSE, pause * 2 ** min(count - 1, 10)) * (0.75 + self._chance.random() / 2)
         self._failures[relay] = _Failure(why, count, trio.current_time(), pause, refusal)
         log.log(logging.INFO if count == 1 else logging.DEBUG, "%s; trying again in %.1f s", why, pause)
+
+    def _remember(self, reservation: Reservation) -> None:
+        self._granted.pop(reservation.relay, None)
+        while len(self._granted) >= MAX_GRANTED:
+            del self._granted[next(iter(self._granted))]
+        self._granted[reservation.relay] = reservation.expires + GRACE
 
     def _disconnected(self, peer: str) -> None:
         slot = self._slots.get(peer)
