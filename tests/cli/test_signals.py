@@ -24,7 +24,9 @@ def interrupt_until_it_ends(process: "subprocess.Popen[str]", after: float) -> f
     """
     time.sleep(after)  # the moment is the point of the test, nothing is waited for
     began = time.monotonic()
+    deadline = began + 30
     while process.poll() is None:
+        assert time.monotonic() < deadline, "it hears no signal"
         process.send_signal(signal.SIGINT)
         began = time.monotonic()
         try:

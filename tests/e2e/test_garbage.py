@@ -31,14 +31,14 @@ async def test_collected_paths_are_withdrawn(
     tmp_path: Path, nix_store_command: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(node_module, "SURVEY_INTERVAL", 0.05)
-    told: list[CID] = []
+    telling, told = trio.open_memory_channel[str](10)
     tell = Exchange.tell
 
-    async def telling(self: Exchange, root: CID) -> None:
-        told.append(root)
+    async def tell_us_too(self: Exchange, root: CID) -> None:
+        await telling.send(str(root))
         await tell(self, root)
 
-    monkeypatch.setattr(Exchange, "tell", telling)
+    monkeypatch.setattr(Exchange, "tell", tell_us_too)
     store = ChrootStore(tmp_path / "store")
     paths = []
     for name in ("collected", "kept"):
@@ -56,12 +56,11 @@ async def test_collected_paths_are_withdrawn(
         results = [await node.provide(str(path), kind=None, name=None, report=silent) for path in paths]
         keys = [announced_for(node, result["image"]) for result in results]
         assert all(key in node._router._plan for some in keys for key in some)
-        told.clear()
-        store.nix_store("--delete", paths[0])
         with trio.fail_after(20):
-            while not told:
-                await trio.sleep(0.02)
-        assert [str(root) for root in told] == [results[0]["image"]]
+            assert [await told.receive() for _ in paths] == [result["image"] for result in results]
+            store.nix_store("--delete", paths[0])
+            assert await told.receive() == results[0]["image"]
+        assert told.statistics().current_buffer_used == 0
         assert not any(key in node._router._plan for key in keys[0])
         assert all(key in node._router._plan for key in keys[1])
         shown = {each["image"]: each["complete"] for each in await node.images()}

@@ -138,7 +138,8 @@ def test_three_publishers_one_of_which_is_killed(nodes: Nodes, meeting_point: Da
     with concurrent.futures.ThreadPoolExecutor() as threads:
         running = threads.submit(consumer.copy, publishers[0].top)
         deadline = time.monotonic() + 60
-        while not received(consumer.daemon) and time.monotonic() < deadline:
+        while not received(consumer.daemon):
+            assert time.monotonic() < deadline, "nothing came"
             time.sleep(0.02)
         publishers[2].daemon.kill()
         done = running.result()

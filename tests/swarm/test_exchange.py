@@ -259,10 +259,11 @@ async def test_a_provider_that_dies_half_way_is_replaced(world: World, tmp_path:
             await leech.exchange.progress()
         await world.fabric.stop("first")
 
-    async with trio.open_nursery() as nursery:
-        nursery.start_soon(kill)
-        fetched = await leech.fetch(image.id, out=tmp_path / "out")
-        nursery.cancel_scope.cancel()
+    with trio.fail_after(30):
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(kill)
+            fetched = await leech.fetch(image.id, out=tmp_path / "out")
+            nursery.cancel_scope.cancel()
     assert (tmp_path / "out").read_bytes() == content(24 << 20)
     assert fetched.sources["second"] > 0
 
@@ -271,11 +272,12 @@ async def test_a_cancelled_fetch_is_resumed(world: World, tmp_path: Path) -> Non
     seed, leech = await world.peer("seed"), await world.peer("leech")
     (tmp_path / "img").write_bytes(content(24 << 20))
     image = seed.provide(tmp_path / "img")
-    async with trio.open_nursery() as nursery:
-        nursery.start_soon(lambda: leech.fetch(image.id, out=tmp_path / "out"))
-        while leech.exchange.traffic("seed").received < 6 << 20:
-            await leech.exchange.progress()
-        nursery.cancel_scope.cancel()
+    with trio.fail_after(30):
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(lambda: leech.fetch(image.id, out=tmp_path / "out"))
+            while leech.exchange.traffic("seed").received < 6 << 20:
+                await leech.exchange.progress()
+            nursery.cancel_scope.cancel()
     before = leech.exchange.traffic("seed").received
     fetched = await leech.fetch(image.id, out=tmp_path / "out")
     # What was on its way when the first was cancelled comes all the same.

@@ -41,8 +41,9 @@ async def test_a_peer_that_was_asked_too_early_tells_what_it_gets_later(world: W
 
     async with trio.open_nursery() as nursery:
         nursery.start_soon(fetch)
-        while not b.exchange.answers(image.id).keys() >= {"a", "part"}:
-            await b.exchange.next_answer()
+        with trio.fail_after(10):
+            while not b.exchange.answers(image.id).keys() >= {"a", "part"}:
+                await b.exchange.next_answer()
         await a.exchange.join("seed")
         await a.fetch(image.id, out=tmp_path / "of-a")
         await world.fabric.stop("seed")
@@ -111,12 +112,13 @@ async def test_what_a_gone_peer_followed_is_forgotten(world: World, tmp_path: Pa
     stream = await follower.open_stream("seed", PROTOCOL_ID)
     await stream.send_parts([*m.encode(m.Hello()), *m.encode(m.Interest(image.id))])
     reader = m.FrameReader()
-    while not any(isinstance(message, m.Availability) for message in reader.feed(await stream.receive_some(1 << 16))):
-        pass
-    assert image.id in seed.exchange._holdings._images
-    await world.fabric.stop("follower")
-    while "follower" in seed.exchange.sessions:
-        await seed.exchange.left()
+    with trio.fail_after(10):
+        while not any(isinstance(each, m.Availability) for each in reader.feed(await stream.receive_some(1 << 16))):
+            pass
+        assert image.id in seed.exchange._holdings._images
+        await world.fabric.stop("follower")
+        while "follower" in seed.exchange.sessions:
+            await seed.exchange.left()
     assert image.id not in seed.exchange._holdings._images
 
 

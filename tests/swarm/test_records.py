@@ -120,8 +120,9 @@ async def test_a_signature_that_comes_during_the_fetch_counts(world: World, tmp_
     async with trio.open_nursery() as nursery:
         nursery.start_soon(lambda: leech.fetch(image.id, trust=DEMANDED))
         await searching.wait()
-        while "seed" not in leech.exchange.records.told_all(image.id):
-            await leech.exchange.records.heard()
+        with trio.fail_after(10):
+            while "seed" not in leech.exchange.records.told_all(image.id):
+                await leech.exchange.records.heard()
         keep_signed(seed.store, image, KEY)
         await seed.exchange.tell(image.id)
     assert leech.store.record(image.id).complete  # type: ignore[union-attr]
