@@ -61,14 +61,6 @@ def scope_of(ip: IP) -> Scope:
     return Scope.OVERLAY if ip in _OVERLAY else Scope.PUBLIC
 
 
-def of_endpoint(host: str, port: int) -> Address:
-    """The address of a socket's (host, port)."""
-    ip = ipaddress.ip_address(host)
-    mapped = ip.ipv4_mapped if isinstance(ip, ipaddress.IPv6Address) else None
-    ip = mapped or ip
-    return Address(f"ip{ip.version}", str(ip), port)
-
-
 @dataclass(frozen=True, slots=True)
 class Address:
     """One parsed multiaddress. `str()` gives its canonical text back."""

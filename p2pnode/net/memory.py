@@ -110,7 +110,7 @@ class MemoryStream:
 
 
 class MemoryFabric:
-    """The wire between the nodes of one test. `cut(a, b)` and `stop(a)` are its faults.
+    """The wire between the nodes of one test. `stop(a)` and `stop_relay(a, b)` are its faults.
 
     Nodes that `relay(a, b)` was called for reach each other through a relay, until `upgrade(a, b)`.
     """
@@ -124,13 +124,6 @@ class MemoryFabric:
     def node(self, peer_id: str) -> MemoryNetwork:
         node = self.nodes[peer_id] = MemoryNetwork(self, peer_id)
         return node
-
-    async def cut(self, a: str, b: str) -> None:
-        """Break the connection between two nodes; they may dial again."""
-        for here, there in ((a, b), (b, a)):
-            node = self.nodes.get(here)
-            if node is not None:
-                await node._lost(there)
 
     def relay(self, a: str, b: str) -> None:
         """Whatever streams these two open from now on are relayed."""
@@ -226,9 +219,6 @@ class MemoryNetwork:
 
     def on_upgrade(self, callback: Callable[[str], None]) -> None:
         self.upgraded.append(callback)
-
-    async def disconnect(self, peer: str) -> None:
-        await self.fabric.cut(self._peer_id, peer)
 
     async def _lost(self, peer: str) -> None:
         streams = self.links.pop(peer, None)

@@ -117,9 +117,6 @@ class Transport(Protocol):
         """Call `callback(peer)` (synchronously, must not block) when the first direct connection to a peer is up to
         whom there were only relayed ones. Streams opened from now on use the direct one."""
 
-    async def disconnect(self, peer: str) -> None:
-        """Close every connection to `peer`."""
-
 
 @dataclass(frozen=True, slots=True)
 class Provider:

@@ -39,7 +39,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-PUSH = "/ipfs/id/push/1.0.0"
 PUSH_DELAY = 0.3  # s; changes come in groups
 PUSH_TIMEOUT = 5.0  # s for one peer; also how long a connection gets to prove that it is alive
 RETIRE_AFTER = 3.0  # s that a relayed connection stays without streams beside a direct one

@@ -34,7 +34,7 @@ from p2pnode.nix import daemon_wire as wire
 from p2pnode.nix.cli import PathInfo, find_nix_store
 from p2pnode.nix.daemon_wire import Message, Op, WireReader
 from p2pnode.nix.nar_reader import Buffer
-from p2pnode.nix.signatures import Signature, SignedInfo
+from p2pnode.nix.signatures import SignedInfo
 from p2pnode.nix.storepath import StorePath
 
 OpenNar = Callable[[PathInfo], AsyncGenerator[Buffer, None]]
@@ -100,10 +100,6 @@ class DaemonConnection:
         if error is not None:
             raise error
 
-    async def is_valid_path(self, path: StorePath) -> bool:
-        async with self._request(Op.IS_VALID_PATH, wire.string(str(path))):
-            return bool(await self._reader.u64())
-
     async def query_valid_paths(self, paths: Iterable[StorePath]) -> set[StorePath]:
         """Those of `paths` that are valid; nothing is substituted."""
         wanted = list(paths)
@@ -130,11 +126,6 @@ class DaemonConnection:
     async def add_indirect_root(self, link: Path) -> None:
         """Make the symlink `link`, which must point to a store path, a root for as long as it exists."""
         async with self._request(Op.ADD_INDIRECT_ROOT, wire.string(os.fsencode(link))):
-            await self._reader.u64()
-
-    async def add_signatures(self, path: StorePath, signatures: Iterable[Signature]) -> None:
-        """Register more signatures of a valid path. The daemon keeps them without checking."""
-        async with self._request(Op.ADD_SIGNATURES, wire.string(str(path)), wire.strings(map(str, signatures))):
             await self._reader.u64()
 
     async def add_path(self, signed: SignedInfo, open_nar: OpenNar, *, check_signatures: bool = True) -> None:

@@ -32,12 +32,10 @@ _READ_SIZE = 1 << 16
 class Op(IntEnum):
     """Requests. Source: libstore/worker-protocol.hh."""
 
-    IS_VALID_PATH = 1
     ADD_TEMP_ROOT = 11
     ADD_INDIRECT_ROOT = 12
     QUERY_PATH_INFO = 26
     QUERY_VALID_PATHS = 31
-    ADD_SIGNATURES = 37
     ADD_TO_STORE_NAR = 39
 
 

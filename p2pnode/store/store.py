@@ -192,15 +192,6 @@ class Store:
             found = [record for id in matching for record in self._records("id = ?", id)]
         return found
 
-    def find_nar(self, nar_hash: bytes) -> CID | None:
-        """An image with an object of this NAR hash (SHA-256, 32 bytes), a complete one if there is."""
-        rows = self.catalog.query(
-            "SELECT n.image FROM nars n JOIN images i ON i.id = n.image WHERE n.hash = ?"
-            " ORDER BY i.complete DESC, i.size",
-            nar_hash,
-        )
-        return CID.from_bytes(rows[0][0]) if rows else None
-
     def mark_complete(self, id: CID, path: str | None) -> None:
         """The whole content was verified. `path`: where it was exported to, if it was."""
         with self.catalog.transaction() as db:

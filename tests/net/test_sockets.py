@@ -11,7 +11,7 @@ import pytest
 import trio
 
 from p2pnode.net import sockets
-from p2pnode.net.addresses import Address, Scope, of_endpoint, parse, parse_listen, scope_of
+from p2pnode.net.addresses import Scope, parse, parse_listen, scope_of
 from p2pnode.net.hardening import _open_listeners
 
 OWN = [ipaddress.ip_interface("192.168.1.5/24")]
@@ -118,7 +118,3 @@ def test_only_what_a_nat_may_lie_before_is_dialled_from_the_listen_port(ip: str,
 )
 def test_scopes(ip: str, scope: Scope) -> None:
     assert scope_of(ipaddress.ip_address(ip)) is scope
-
-
-def test_mapped_addresses_are_what_they_map() -> None:
-    assert of_endpoint("::ffff:9.9.9.9", 5) == Address("ip4", "9.9.9.9", 5)

@@ -13,7 +13,6 @@ from p2pnode.errors import OutputExists, OutputUnwritable, VerificationFailed
 from p2pnode.nix.binary_cache import FileCache
 from p2pnode.nix.cache_dir import STALE_AGE, CacheDir, to_cache
 from p2pnode.nix.cli import PathInfo
-from p2pnode.nix.nar_stream import nars_of_trees
 from p2pnode.nix.narinfo import parse
 from p2pnode.nix.signatures import SecretKey
 from tests.nix.caches import OTHER_SECRET, SECRET, TRUSTED, closure
@@ -70,7 +69,7 @@ async def test_signed_by_us(tmp_path):
         (tmp_path / "tree" / str(number)).write_bytes(os.urandom(5000))
     path = source.add(tmp_path / "tree")
     unsigned = [dataclasses.replace(each, info=dataclasses.replace(each.info, ca=None)) for each in source.info(path)]
-    await to_cache(CacheDir(tmp_path / "cache", keys=[key]), unsigned, nars_of_trees(source.real))
+    await to_cache(CacheDir(tmp_path / "cache", keys=[key]), unsigned, source.open_nar)
     taker = ChrootStore(tmp_path / "b", f"trusted-public-keys = {key.public_key()}")
     taker.copy_from(f"file://{tmp_path}/cache", path)
     assert [each.key_name for each in taker.info(path)[0].signatures] == ["mine-1"]

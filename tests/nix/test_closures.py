@@ -13,7 +13,6 @@ from p2pnode.nix.cache_dir import CacheDir, to_cache
 from p2pnode.nix.content_address import ContentCheck
 from p2pnode.nix.hashes import NIX32_ALPHABET
 from p2pnode.nix.into_store import into_store
-from p2pnode.nix.nar_stream import nars_of_trees
 from p2pnode.nix.narmap import dump
 from p2pnode.nix.signatures import SecretKey
 from p2pnode.nix.storepath import StorePath
@@ -58,7 +57,7 @@ async def test_a_signed_closure_over_a_cache_into_a_daemon(source, tmp_path):
     signed = source.info(*paths)
     for each in signed:  # Nix's signatures, our check
         assert require(each.info, each.signatures, keys, Policy.ALWAYS).signed_by == ("publisher-1",)
-    await to_cache(CacheDir(tmp_path / "cache"), reversed(signed), nars_of_trees(source.real))
+    await to_cache(CacheDir(tmp_path / "cache"), reversed(signed), source.open_nar)
     target = ChrootStore(tmp_path / "target", f"trusted-public-keys = {key.public_key()}", "trusted-users = nobody")
     link = tmp_path / "result"
     with NixDaemon(target) as daemon:
@@ -101,6 +100,6 @@ async def test_a_closure_made_content_addressed_by_nix_proves_itself(source, tmp
         check.finish()
     target = ChrootStore(tmp_path / "target", "trusted-public-keys =")
     monkeypatch.setenv("NIX_CONF_DIR", str(target.base))
-    report = await into_store(infos, nars_of_trees(source.real), store_root=target.root)
+    report = await into_store(infos, source.open_nar, store_root=target.root)
     assert set(report.added) == set(rewritten)
     target.nix("store", "verify", "--all")

@@ -67,13 +67,13 @@ class TestRealDaemon:
             assert connection.version == min(version, connection.version) and connection.version >= 21
             paths = [signed.info.path for signed in SIGNED]
             assert await connection.query_valid_paths(paths) == set()
-            assert not await connection.is_valid_path(paths[0])
+            assert not await connection.query_valid_paths([paths[0]])
             assert await connection.query_path_info(paths[0]) is None
             await connection.add_temp_root(paths[-1])
             await add(connection, SIGNED, open_nar)
             assert await connection.query_valid_paths([*paths, ABSENT]) == set(paths)
             for signed in SIGNED:
-                assert await connection.is_valid_path(signed.info.path)
+                assert await connection.query_valid_paths([signed.info.path])
                 assert await connection.query_path_info(signed.info.path) == signed
         daemon.store.nix("store", "verify", "--all", "--sigs-needed", "1")
         assert daemon.store.info(*paths) == SIGNED
@@ -108,15 +108,15 @@ class TestRealDaemon:
                     await add(connection, [refused], open_nar)
                 with pytest.raises(Untrusted):
                     await add(connection, [refused], open_nar, check=False)
-            assert not await connection.is_valid_path(one.info.path)  # the connection is good after a refusal
+            assert not await connection.query_valid_paths([one.info.path])  # the connection is good after a refusal
             await add(connection, [one], open_nar)
-            assert await connection.is_valid_path(one.info.path)
+            assert await connection.query_valid_paths([one.info.path])
 
     async def test_a_daemon_that_trusts_us_can_be_asked_not_to_check(self, daemon):
         unsigned = dataclasses.replace(find("liba"), signatures=())
         async with connect_socket(daemon.socket) as connection:
             await add(connection, [unsigned], open_nar, check=False)
-            assert await connection.is_valid_path(unsigned.info.path)
+            assert await connection.query_valid_paths([unsigned.info.path])
 
     async def test_content_addressed_paths_need_no_signature(self, suspicious):
         unsigned = [dataclasses.replace(find(name), signatures=()) for name in ("caout", "cadep", "fod")]
@@ -170,7 +170,7 @@ class TestRealDaemon:
         async with connect_socket(daemon.socket, newest=version) as connection:
             with pytest.raises(VerificationFailed, match="hash mismatch"):
                 await add(connection, [one], altered)
-            assert not await connection.is_valid_path(one.info.path)
+            assert not await connection.query_valid_paths([one.info.path])
             await add(connection, [one], open_nar)
 
     @pytest.mark.parametrize("version", [21, 23, 35])
@@ -185,9 +185,9 @@ class TestRealDaemon:
             with pytest.raises(VerificationFailed, match=r"ends 8 bytes early|longer than"):
                 await add(connection, [one], altered)
             with pytest.raises(DaemonError, match="broken"):
-                await connection.is_valid_path(one.info.path)
+                await connection.query_valid_paths([one.info.path])
         async with connect_socket(daemon.socket) as connection:
-            assert not await connection.is_valid_path(one.info.path)
+            assert not await connection.query_valid_paths([one.info.path])
 
     async def test_an_error_of_the_source_is_the_callers(self, daemon):
         async def failing(info: PathInfo) -> AsyncGenerator[bytes, None]:
@@ -243,15 +243,6 @@ class TestRealDaemon:
         daemon.store.nix_store("--gc")
         assert daemon.store.valid() == set()
 
-    async def test_add_signatures(self, daemon):
-        one = find("dep")
-        more = OTHER_SECRET.sign(one.info)
-        async with connect_socket(daemon.socket) as connection:
-            await add(connection, [one], open_nar)
-            await connection.add_signatures(one.info.path, [more])
-            found = await connection.query_path_info(one.info.path)
-        assert found is not None and set(found.signatures) == {*one.signatures, more}
-
     async def test_a_refusal_of_a_large_nar_does_not_deadlock(self, suspicious):
         data_size = 32 << 20
         head = b"".join(map(wire.string, [b"nix-archive-1", b"(", b"type", b"regular", b"contents"]))
@@ -269,7 +260,7 @@ class TestRealDaemon:
             async with connect_socket(suspicious.socket) as connection:
                 with pytest.raises(Untrusted):
                     await add(connection, [SignedInfo(info)], large)
-                assert not await connection.is_valid_path(ABSENT)
+                assert not await connection.query_valid_paths([ABSENT])
 
 
 async def wait_until_nobody_is_connected(daemon: NixDaemon) -> None:

@@ -15,7 +15,6 @@ import pytest
 from p2pnode.errors import DaemonUnavailable, NixError, OutputExists, OutputUnwritable, Untrusted
 from p2pnode.nix.cli import PathInfo
 from p2pnode.nix.into_store import into_store, open_session
-from p2pnode.nix.nar_stream import nars_of_trees
 from p2pnode.nix.storepath import StorePath
 from tests.nix.caches import TRUSTED, closure
 from tests.nix.stores import ChrootStore, NixDaemon
@@ -146,7 +145,7 @@ async def test_trees_from_another_store(tmp_path, monkeypatch):
         (tree / f"f{number}").write_bytes(os.urandom(number * 1000))
     path = here.add(tree)
     monkeypatch.setenv("NIX_CONF_DIR", str(there.base))
-    report = await into_store(here.info(path), nars_of_trees(here.real), store_root=there.root)
+    report = await into_store(here.info(path), here.open_nar, store_root=there.root)
     assert report.added == (path,)
     there.nix("store", "verify", "--all")
     assert there.info(path)[0].info == here.info(path)[0].info

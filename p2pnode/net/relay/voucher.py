@@ -6,9 +6,7 @@ Nobody has to check them, and go-libp2p refuses a reservation whose voucher is w
 
 from __future__ import annotations
 
-from cryptography.exceptions import InvalidSignature
-from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
-from google.protobuf.message import DecodeError
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from libp2p.peer.pb.crypto_pb2 import KeyType
 from libp2p.peer.pb.envelope_pb2 import Envelope
 from libp2p.relay.circuit_v2.pb.circuit_pb2 import Voucher
@@ -30,24 +28,6 @@ def make_voucher(relay: Identity, peer: str, expires: int) -> bytes:
     envelope.signature = Ed25519PrivateKey.from_private_bytes(relay.seed).sign(_signed(payload))
     data: bytes = envelope.SerializeToString()
     return data
-
-
-def check_voucher(data: bytes, relay: str, peer: str) -> int:
-    """The Unix time until which `data` says that `peer` has a reservation at `relay`. Raises `ValueError`."""
-    try:
-        envelope = Envelope.FromString(data)
-        voucher = Voucher.FromString(envelope.payload)
-    except DecodeError as exc:
-        raise ValueError("the voucher is malformed") from exc
-    if envelope.payload_type != PAYLOAD_TYPE or (voucher.relay, voucher.peer) != (peer_bytes(relay), peer_bytes(peer)):
-        raise ValueError("the voucher is for something else")
-    if not voucher.relay.startswith(b"\x00\x24\x08\x01\x12\x20"):
-        raise ValueError("the relay's key is not in its id")
-    try:
-        Ed25519PublicKey.from_public_bytes(voucher.relay[6:]).verify(envelope.signature, _signed(envelope.payload))
-    except InvalidSignature as exc:
-        raise ValueError("the voucher's signature is wrong") from exc
-    return int(voucher.expiration)
 
 
 def _signed(payload: bytes) -> bytes:
