@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import gc
 import logging
+import math
 import time
 from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from contextlib import asynccontextmanager, suppress
@@ -22,9 +23,10 @@ import trio
 
 from p2pnode import __version__, home, link, local
 from p2pnode.config import Config
-from p2pnode.errors import RemoteError, StoreError, UsageError
+from p2pnode.errors import NodeError, RemoteError, StoreError, UsageError
 from p2pnode.gateway.peers import NarinfoServer
 from p2pnode.gateway.records import PathRecords, hash_parts
+from p2pnode.images.chunker import check_cancelled
 from p2pnode.images.importer import import_path
 from p2pnode.images.paths import keep_claims
 from p2pnode.net import addresses
@@ -33,7 +35,7 @@ from p2pnode.net.identity import Identity
 from p2pnode.net.transport import Provider, Router
 from p2pnode.nix import trust_policy
 from p2pnode.nix.registered import read_secret_keys
-from p2pnode.progress import Report
+from p2pnode.progress import Progress, Report, silent
 from p2pnode.store import Store
 from p2pnode.swarm.delivery import IntoStore, ToCache
 from p2pnode.swarm.exchange import Exchange
@@ -73,6 +75,7 @@ class Node:
         self._records = PathRecords(store)
         self._gateway: Gateway | None = None
         self._running: dict[CID, trio.Lock] = {}
+        self._read_later, self._unread = trio.open_memory_channel[CID](math.inf)
         self._started = time.time()
         self._untried = set(config.bootstrap)
         self._bootstrapped = trio.Event()
@@ -124,6 +127,7 @@ class Node:
             if config.mdns:
                 nursery.start_soon(node._mdns, book)
             nursery.start_soon(node._keep_promises)
+            nursery.start_soon(node._verify_later)
             if config.gateway:
                 await nursery.start(node._serve_nix)
             try:
@@ -415,6 +419,9 @@ class Node:
             if not lock.locked() and self._running.get(wanted.image) is lock:
                 del self._running[wanted.image]
         await self._announce_held(fetched.image)
+        record = await trio.to_thread.run_sync(self._store.record, fetched.image.id)
+        if record is not None and not record.complete and record.held_chunks == record.chunks:
+            self._read_later.send_nowait(record.id)
         return {
             "image": str(fetched.image.id),
             "kind": str(fetched.image.kind),
@@ -437,7 +444,22 @@ class Node:
         return await trio.to_thread.run_sync(local.show, self._store, spec)
 
     async def verify(self, spec: str, report: Report) -> dict[str, Any]:
-        return await in_thread(lambda _, progress: local.verify(self._store, spec, progress), report)
+        def work(cancelled: Callable[[], bool], progress: Report) -> dict[str, Any]:
+            def checked(now: Progress) -> None:
+                check_cancelled(cancelled)
+                progress(now)
+
+            return local.verify(self._store, spec, checked)
+
+        return await in_thread(work, report)
+
+    async def _verify_later(self) -> None:
+        """Read what a fetch into the Nix store did not, as it was there before; nobody waits for it."""
+        async for id in self._unread:
+            try:
+                await self.verify(str(id), silent)
+            except NodeError as error:
+                log.warning("%s", error)
 
     async def remove(self, spec: str) -> dict[str, Any]:
         """Remove an image and tell the swarm."""

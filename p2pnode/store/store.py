@@ -522,9 +522,14 @@ class Store:
     def verify(self, id: CID, progress: Callable[[int, int], None] = lambda done, total: None) -> VerifyReport:
         """Read every chunk, at all its places, and every object again; `progress(done, total)` in bytes.
 
-        What is bad is dropped from the catalog, so that a fetch gets it again. Raises NotFound.
+        What is bad is dropped from the catalog, so that a fetch gets it again; an image of which nothing is bad is
+        complete. Raises NotFound.
         """
-        return verification.verify(self, id, progress)
+        report = verification.verify(self, id, progress)
+        record = self.record(id)
+        if report.ok and record is not None and not record.complete:
+            self.mark_complete(id, None)
+        return report
 
     def check_locations(self, digest: bytes) -> None:
         """Read a chunk at all its places and drop those where it is bad."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import random
 import shutil
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -128,6 +129,25 @@ def test_what_is_valid_is_not_fetched(source: Daemon, consumer: Consumer, tmp_pa
     again = consumer.fetch(whole["link"], "--into-store").wait().check().json
     assert again["store"] == {"added": 0, "present": 3, "root": None}
     assert again["received_bytes"] == 0
+
+
+def test_what_was_there_is_read_later_and_the_image_complete(
+    nodes: Nodes, source: Daemon, consumer: Consumer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Paths that Nix got elsewhere: a fetch does not read them, the daemon does when it is over."""
+    consumer.store.register([(DEP, contents("dep"), []), (LIB, contents("lib"), [DEP, LIB])])
+    said = source.run("provide", str(TOP)).check().json
+    monkeypatch.setenv("NIX_CONF_DIR", str(consumer.store.base))
+    monkeypatch.setenv("NIX_DAEMON_SOCKET_PATH", str(consumer.nix.socket))
+    daemon = nodes.daemon("c-node", extra=consumer.home.extra)
+    result = daemon.run("fetch", said["link"], "--into-store", "--require-signatures", "off").check().json
+    assert result["store"] == {"added": 1, "present": 2, "root": None}
+    deadline = time.monotonic() + 10
+    while not (shown := daemon.run("show", said["image"]).check().json)["complete"]:
+        assert time.monotonic() < deadline, shown
+        time.sleep(0.1)
+    assert shown["held_chunks"] == shown["chunks"]
+    assert daemon.run("images").check().json["complete"]
 
 
 @pytest.mark.parametrize("key", [None, OTHER])

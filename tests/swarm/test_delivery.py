@@ -104,11 +104,26 @@ async def test_a_path_that_was_built_differently_here_is_left_alone(
     assert store.real(DEP).read_bytes() == b"built here, and not reproducible"
     record = leech.store.record(image.id)
     assert record is not None and not record.complete and 0 < record.held_chunks < record.chunks
+    assert not leech.store.verify(image.id).ok
+    assert not leech.store.record(image.id).complete  # type: ignore[union-attr]
     # The next one gets from the leech what it has, and the rest from the seed.
     other = await world.peer("other")
     leech.router.provide([image.id.to_bytes()])
     await other.fetch(image.id)
     assert other.store.verify(image.id).ok
+
+
+async def test_what_was_there_makes_the_image_complete_once_it_was_read(
+    world: World, seed: tuple[Peer, Image], store: ChrootStore
+) -> None:
+    leech, image = await world.peer("leech"), seed[1]
+    store.register([(DEP, data("dep"), [])])
+    await fetch(leech, image, store)
+    record = leech.store.record(image.id)
+    assert record is not None and record.held_chunks == record.chunks and not record.complete
+    assert leech.store.verify(image.id).ok
+    record = leech.store.record(image.id)
+    assert record is not None and record.complete
 
 
 async def test_one_path_needs_its_references_in_the_store(
