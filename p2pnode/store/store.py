@@ -407,27 +407,37 @@ class Store:
         self._delete_files(obsolete)
         self._tell_lost(lost)
 
-    def adopt_store_paths(self, image: Image, trees: Mapping[int, Path], *, keep_chunks: bool) -> None:
+    def adopt_store_paths(
+        self, image: Image, trees: Mapping[int, Path], *, keep_chunks: bool, hashed: bool = True
+    ) -> None:
         """Serve objects from the store paths that have their registered NAR hash: object i from `trees[i]`.
 
+        `hashed`: they were made of the image's chunks. Else an import must not take the image's word for what they are.
         The image's packs go, unless `keep_chunks`, or one of their chunks is nowhere else. Raises PathError.
         """
         maps: list[tuple[ImportKey, ImageObject, NarMap]] = []
         for number, tree in trees.items():
             obj = image.objects[number]
             key = ImportKey.registered(tree, obj.layout.chunking, obj.nar_hash or b"")
-            if self.recall_object(key, SourceKind.NAR) is None and (map := NarMap.build(tree)).size == obj.size:
+            if self.recall_object(key, SourceKind.NAR) is not None or (not hashed and self._serves(tree, obj)):
+                continue
+            if (map := NarMap.build(tree)).size == obj.size:
                 maps.append((key, obj, map))
         obsolete: list[Source] = []
         with self.catalog.transaction():
             for each in maps:
-                self.remember_object(*each)
+                self.remember_object(*each, recall=hashed)
             if not keep_chunks:
                 for source in self.catalog.sources("image = ? AND owned", image.id.to_bytes()):
                     if all(len(self.catalog.locations(d)) > 1 for d in self.catalog.source_digests(source.id)):
                         self.catalog.drop_source(source.id)
                         obsolete.append(source)
         self._delete_files(obsolete)
+
+    def _serves(self, tree: Path, obj: ImageObject) -> bool:
+        """Whether the chunks of an object are already read from the tree."""
+        sources = self.catalog.sources("path = ? AND kind = ? AND NOT owned", os.fsencode(tree), SourceKind.NAR)
+        return any(set(obj.layout.digests) <= set(self.catalog.source_digests(source.id)) for source in sources)
 
     def forget_vanished(self) -> list[bytes]:
         """Drop references into Nix stores whose paths are not there any more; the digests no longer held at all.
@@ -472,8 +482,13 @@ class Store:
 
     # Importing
 
-    def remember_object(self, key: ImportKey, obj: ImageObject, original: FileStamp | NarMap) -> None:
-        """Record a finished object whose bytes stay in the file (`FileStamp`) or tree (`NarMap`) at `key.path`."""
+    def remember_object(
+        self, key: ImportKey, obj: ImageObject, original: FileStamp | NarMap, *, recall: bool = True
+    ) -> None:
+        """Record a finished object whose bytes stay in the file (`FileStamp`) or tree (`NarMap`) at `key.path`.
+
+        `recall`: for `recall_object` too, not only to read its chunks there.
+        """
         path = Path(os.fsdecode(key.path))
         kind = SourceKind.NAR if isinstance(original, NarMap) else SourceKind.FILE
         with self.catalog.transaction() as db:
@@ -496,10 +511,11 @@ class Store:
                 source = self.catalog.add_source(kind, path, owned=False, stamp=original)
                 self.catalog.add_chunks(source, _rows(obj))
             gone = [digest for old in stale for digest in self.catalog.drop_source(old.id)]
-            db.execute(
-                "INSERT OR REPLACE INTO imports VALUES (?, ?, ?, ?, ?, ?)",
-                (key.path, kind, key.chunking_bytes, key.fingerprint, source, encode_object(obj)),
-            )
+            if recall:
+                db.execute(
+                    "INSERT OR REPLACE INTO imports VALUES (?, ?, ?, ?, ?, ?)",
+                    (key.path, kind, key.chunking_bytes, key.fingerprint, source, encode_object(obj)),
+                )
             db.execute("DELETE FROM problems WHERE path = ?", (str(path),))
             lost = self._not_held(gone)
         for old in stale:

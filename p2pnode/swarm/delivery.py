@@ -129,7 +129,7 @@ class _StoreDelivery:
                 self._same.append(number)
             else:
                 log.warning("%s is in the Nix store with other contents than the image's", signed.info.path)
-        await self._adopt(self._same, True, None)
+        await self._adopt(self._same, True, None, hashed=False)
         await trio.to_thread.run_sync(keep_registered, self._store, self._paths.image, found)
 
     async def deliver(self, gate: Gate, here: Here) -> None:
@@ -142,9 +142,11 @@ class _StoreDelivery:
                 self._added.append(number)
                 nursery.start_soon(self._adopt, [number], True, one_at_a_time)  # while the daemon takes the next
 
-    async def _adopt(self, numbers: Sequence[int], keep_chunks: bool, limiter: trio.CapacityLimiter | None) -> None:
+    async def _adopt(
+        self, numbers: Sequence[int], keep_chunks: bool, limiter: trio.CapacityLimiter | None, hashed: bool = True
+    ) -> None:
         trees = {number: self._real(number) for number in numbers}
-        adopt = partial(self._store.adopt_store_paths, self._paths.image, trees, keep_chunks=keep_chunks)
+        adopt = partial(self._store.adopt_store_paths, self._paths.image, trees, keep_chunks=keep_chunks, hashed=hashed)
         await trio.to_thread.run_sync(adopt, limiter=limiter)
 
     async def finish(self) -> Path:

@@ -126,6 +126,26 @@ async def test_what_was_there_makes_the_image_complete_once_it_was_read(
     assert record is not None and record.complete
 
 
+async def test_an_image_that_lies_about_what_is_there_spoils_no_import(
+    world: World, seed: tuple[Peer, Image], store: ChrootStore
+) -> None:
+    """Right names and NAR hashes, wrong chunks: what Nix has is not read, so nobody notices until it is provided."""
+    leech, (peer, image) = await world.peer("leech"), seed
+    store.register([(DEP, data("dep"), []), (LIB, data("lib"), [DEP]), (TOP, data("top"), [LIB, TOP])])
+    objects = [replace(obj, layout=image.objects[number - 1].layout) for number, obj in enumerate(image.objects)]
+    encoded = encode_image(Kind.CLOSURE, image.attributes, objects)
+    peer.store.put_blocks(encoded.blocks)
+    bad = Image(encoded.id, Kind.CLOSURE, image.attributes, tuple(objects), tuple(encoded.blocks))
+    peer.store.add_image(bad, name="bad", origin=Origin.PROVIDED, complete=True, path=None)
+    peer.router.provide([bad.id.to_bytes()])
+    for _ in range(2):
+        fetched = await fetch(leech, bad, store)
+        assert fetched.delivered["store"] == {"added": 0, "present": 3, "root": None}
+    assert import_path(leech.store, Path(str(TOP)), nix_store=store.root).image.id == image.id
+    assert leech.store.verify(image.id).ok
+    assert not leech.store.verify(bad.id).ok
+
+
 async def test_one_path_needs_its_references_in_the_store(
     world: World, seed: tuple[Peer, Image], store: ChrootStore, tmp_path: Path
 ) -> None:
