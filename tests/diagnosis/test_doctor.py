@@ -25,7 +25,7 @@ from p2pnode.node import Node
 from p2pnode.progress import silent
 from protocols.cid import CID, Codec
 from protocols.relay import RelayLimits
-from tests.net.test_relayed import until
+from tests.net.circuits import until
 
 LOOPBACK = "/ip4/127.0.0.1/tcp/0"
 Doctor = dict[str, Any]

@@ -5,10 +5,11 @@ from pathlib import Path
 
 import pytest
 
-from tests.gateway.nodes import World, open_world
+from tests.gateway.nodes import World
+from tests.swarm.peers import open_world
 
 
 @pytest.fixture
 async def world(tmp_path: Path) -> AsyncIterator[World]:
-    async with open_world(tmp_path) as world:
+    async with open_world(World, tmp_path) as world:
         yield world

@@ -3,22 +3,19 @@
 from __future__ import annotations
 
 import hashlib
-import random
-from collections.abc import AsyncIterator, Mapping, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import httpx
 import trio
 
-from p2pnode.errors import NodeError
 from p2pnode.gateway.gateway import Gateway, Services, Settings
 from p2pnode.gateway.peers import NarinfoServer
 from p2pnode.gateway.records import PathRecords, part_of
 from p2pnode.images.objects import ImportRun
 from p2pnode.images.paths import keep_registered
-from p2pnode.net.memory import MemoryFabric, MemoryNetwork, MemoryRouter
+from p2pnode.net.memory import MemoryNetwork
 from p2pnode.nix.cli import PathInfo
 from p2pnode.nix.hashes import nix32_encode
 from p2pnode.nix.narmap import dump
@@ -27,15 +24,13 @@ from p2pnode.nix.storepath import StorePath
 from p2pnode.nix.trust import TrustedKeys
 from p2pnode.nix.trust_policy import Trust
 from p2pnode.progress import silent
-from p2pnode.store import Store
 from p2pnode.store.records import Origin
-from p2pnode.swarm.exchange import Exchange
-from p2pnode.swarm.fetcher import Fetcher
 from p2pnode.swarm.holdings import chunk_key
 from protocols.cid import CID
 from protocols.manifest import FASTCDC, Image, ImageObject, Kind, encode_image
 from protocols.narinfo import nar_key, provider_key
 from tests.nix.caches import KEYS, SECRET
+from tests.swarm.peers import BasePeer, BaseWorld
 
 DEMANDED = Trust(KEYS, demanded=True)
 NOT_DEMANDED = Trust(TrustedKeys(), demanded=False)
@@ -64,39 +59,19 @@ class Path_:
         return f"/nar/{nix32_encode(self.signed.info.nar_hash)}.nar"
 
 
-class Node:
-    """Everything of a node but libp2p."""
+class Node(BasePeer):
+    """One with records of store paths."""
 
     def __init__(self, home: Path, network: MemoryNetwork, registry: dict[bytes, set[str]]) -> None:
-        home.mkdir()
-        self.home = home
-        self.name = network.peer_id
-        self.store = Store.open(home)
-        self.network = network
-        self.router = MemoryRouter(registry, self.name)
-        self.exchange = Exchange(network, self.store, self._find, agent="test")
-        self.fetcher = Fetcher(self.store, self.exchange, self._discover, self._announce)
+        super().__init__(home, network, registry)
         self.records = PathRecords(self.store)
         self.server = NarinfoServer(network, self.records)
         self.locks: dict[CID, trio.Lock] = {}
         self._announced: set[CID] = set()
         self._news = trio.Event()
 
-    async def _find(self, root: CID, keys: Sequence[bytes]) -> dict[str, list[bytes]]:
-        found = await self.router.find([root.to_bytes(), *keys])
-        return {provider.peer: [] for providers in found.values() for provider in providers}
-
-    async def _discover(self, root: CID) -> int:
-        found = await self._find(root, ())
-        for peer in found:
-            try:
-                await self.exchange.join(peer)
-            except NodeError:
-                continue
-        return len(found)
-
     def _announce(self, image: Image) -> None:
-        self.router.provide([image.id.to_bytes()])
+        super()._announce(image)
         self._announced.add(image.id)
         self._news.set()
         self._news = trio.Event()
@@ -121,9 +96,7 @@ class Node:
             trio.lowlevel.checkpoint,
         )
 
-    def provide(
-        self, closure: Mapping[str, tuple[bytes, Sequence[str]]], key: SecretKey | None = SECRET
-    ) -> list[Path_]:
+    def provide(self, closure: Closure, key: SecretKey | None = SECRET) -> list[Path_]:
         """Provide a closure of single files, name -> (contents, names of references); references first."""
         run = ImportRun(self.store, FASTCDC, silent, lambda: False)
         made: dict[str, Path_] = {}
@@ -163,22 +136,15 @@ class Node:
         return list(made.values())
 
 
-class World:
+class World(BaseWorld):
     """The network, and the gateways that were opened in it."""
 
     def __init__(self, tmp_path: Path, nursery: trio.Nursery) -> None:
-        self.tmp_path = tmp_path
-        self.nursery = nursery
-        self.fabric = MemoryFabric(nursery)
-        self.registry: dict[bytes, set[str]] = {}
-        self.nodes: list[Node] = []
+        super().__init__(tmp_path, nursery)
         self.gateways: list[Gateway] = []
 
     async def node(self, name: str) -> Node:
-        node = Node(self.tmp_path / name, self.fabric.node(name), self.registry)
-        self.nodes.append(node)
-        await self.nursery.start(node.exchange.run)
-        return node
+        return await self.add(Node(self.tmp_path / name, self.fabric.node(name), self.registry))
 
     async def gateway(self, node: Node, trust: Trust = DEMANDED, **settings: object) -> httpx.AsyncClient:
         """A client of a gateway of `node`; no request of it waits for more than 20 s."""
@@ -194,17 +160,3 @@ class World:
 
         client: httpx.AsyncClient = await self.nursery.start(run)
         return client
-
-
-@asynccontextmanager
-async def open_world(tmp_path: Path) -> AsyncIterator[World]:
-    async with trio.open_nursery() as nursery:
-        world = World(tmp_path, nursery)
-        yield world
-        nursery.cancel_scope.cancel()
-    for node in world.nodes:
-        node.store.close()
-
-
-def content(size: int, seed: int = 1) -> bytes:
-    return random.Random(seed).randbytes(size)

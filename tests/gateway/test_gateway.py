@@ -19,8 +19,9 @@ from p2pnode.nix.trust import judge
 from p2pnode.store.records import Origin
 from protocols.manifest import Image, Kind, encode_image
 from protocols.narinfo import nar_key, provider_key
-from tests.gateway.nodes import NOT_DEMANDED, World, content
+from tests.gateway.nodes import NOT_DEMANDED, World
 from tests.nix.caches import KEYS, OTHER_SECRET
+from tests.swarm.peers import content
 
 CLOSURE = {"lib": (content(3 << 20), ()), "tool": (content(1000, 2), ("lib",))}
 

@@ -14,8 +14,9 @@ from p2pnode.gateway.records import narinfo_of
 from p2pnode.net.transport import Stream
 from protocols.cid import CID, Codec
 from protocols.narinfo import MAX_REQUEST, PROTOCOL, Found, decode_request, encode_answer
-from tests.gateway.nodes import World, content
+from tests.gateway.nodes import World
 from tests.nix.caches import path, text, vectors
+from tests.swarm.peers import content
 
 Reply = Callable[[Stream, tuple[bytes, ...]], Awaitable[None]]
 NO_IMAGE = CID(Codec.DAG_CBOR, bytes(32))

@@ -15,10 +15,10 @@ from p2pnode.nix.hashes import format_sha256
 from p2pnode.nix.narinfo import MAX_SIGNATURES, NarInfo, parse
 from p2pnode.nix.signatures import Signature, SignedInfo
 from p2pnode.store import claims
-from tests.gateway.nodes import DEMANDED, NOT_DEMANDED, Path_, World, content
+from tests.gateway.nodes import DEMANDED, NOT_DEMANDED, Path_, World
 from tests.nix.caches import ROOT, path, text, vectors
 from tests.nix.test_binary_cache import always, files, response, serving
-from tests.swarm.test_exchange import drop
+from tests.swarm.peers import content, drop
 
 Handler = Callable[[str, trio.SocketStream], Awaitable[None]]
 

@@ -73,7 +73,7 @@ async def echo_through(source: Network, target: Network, data: bytes = b"ping") 
         await stream.aclose()
 
 
-async def until(condition: Callable[[], bool], seconds: float = 5) -> None:
+async def until(condition: Callable[[], object], seconds: float = 8) -> None:
     """Wait for what another node's tasks do."""
     with trio.fail_after(seconds):
         while not condition():

@@ -25,9 +25,8 @@ from p2pnode.net.hardening import HANDSHAKE_TIMEOUT, MAX_INBOUND
 from p2pnode.net.identity import Identity
 from p2pnode.net.network import Network
 from p2pnode.net.transport import Stream, receive_exactly
+from tests.net.circuits import AGENT, ECHO, echo
 
-AGENT = "p2pnode-test/1"
-ECHO = "/test/echo/1"
 DEAD = "/ip4/127.0.0.1/tcp/1"  # refuses
 
 
@@ -41,11 +40,6 @@ async def node(identity: Identity | None = None, listen: str | None = "/ip4/127.
     ) as network:
         network.handle(ECHO, echo)
         yield network
-
-
-async def echo(stream: Stream) -> None:
-    while data := await stream.receive_some(1 << 16):
-        await stream.send_all(data)
 
 
 async def ping(a: Network, b: Network) -> None:

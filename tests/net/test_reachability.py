@@ -19,7 +19,7 @@ from p2pnode.net.network import Network
 from p2pnode.net.reachability import PEER_BURST, State, Vote, dial_back, judge
 from protocols import reach
 from protocols.reach import Outcome
-from tests.net.test_relayed import until
+from tests.net.circuits import until
 
 OWN = [ipaddress.ip_address("192.168.1.5")]
 SEEN = "5.5.5.5"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
 import pytest
@@ -21,7 +21,8 @@ from p2pnode.net.relay.wire import STOP, peer_bytes, receive_message, send_messa
 from p2pnode.net.transport import receive_exactly
 from p2pnode.net.traversal import NatSettings, Wanted
 from protocols.relay import RelayLimits, Status
-from tests.net.test_network import ECHO, Events, echo, ping
+from tests.net.circuits import ECHO, echo, until
+from tests.net.test_network import Events, ping
 
 LOOPBACK = "/ip4/127.0.0.1/tcp/0"
 
@@ -39,12 +40,6 @@ async def node(
     ) as network:
         network.handle(ECHO, echo)
         yield network
-
-
-async def until(condition: Callable[[], object], seconds: float = 8) -> None:
-    with trio.fail_after(seconds):
-        while not condition():
-            await trio.sleep(0.02)
 
 
 def circuit_addrs(network: Network) -> list[str]:

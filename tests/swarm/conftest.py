@@ -6,16 +6,11 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
-import trio
 
-from tests.swarm.test_exchange import World
+from tests.swarm.peers import World, open_world
 
 
 @pytest.fixture
 async def world(tmp_path: Path) -> AsyncIterator[World]:
-    async with trio.open_nursery() as nursery:
-        world = World(tmp_path, nursery)
+    async with open_world(World, tmp_path) as world:
         yield world
-        nursery.cancel_scope.cancel()
-    for peer in world.peers:
-        peer.store.close()

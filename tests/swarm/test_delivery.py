@@ -27,7 +27,7 @@ from p2pnode.swarm.fetcher import Fetched
 from protocols.manifest import Image, ImageObject, Kind, encode_image
 from tests.nix.stores import ChrootStore, NixDaemon
 
-from .test_exchange import Peer, World
+from .peers import Peer, World
 
 pytestmark = pytest.mark.nix
 

@@ -3,97 +3,20 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import trio
 
-from p2pnode.errors import NodeError, NotFound, PeerUnreachable
-from p2pnode.images.importer import import_path
-from p2pnode.net.memory import MemoryFabric, MemoryNetwork, MemoryRouter
+from p2pnode.errors import NotFound, PeerUnreachable
 from p2pnode.net.transport import Stream
-from p2pnode.nix.trust import TrustedKeys
-from p2pnode.progress import silent
-from p2pnode.store import Store
-from p2pnode.swarm.exchange import Exchange
-from p2pnode.swarm.fetcher import Fetched, Fetcher, FetchOptions
+from p2pnode.swarm.fetcher import Fetched
 from p2pnode.swarm.holdings import chunk_key
 from protocols.cid import CID, Codec
 from protocols.exchange import PROTOCOL_ID
 from protocols.exchange import messages as m
-from protocols.manifest import Image
-
-
-class Peer:
-    """One node of a test: everything but libp2p is real."""
-
-    def __init__(
-        self, home: Path, network: MemoryNetwork, registry: dict[bytes, set[str]], keys: TrustedKeys | None = None
-    ) -> None:
-        self.name = network.peer_id
-        self.store = Store.open(home)
-        self.network = network
-        self.router = MemoryRouter(registry, self.name)
-        self.exchange = Exchange(network, self.store, self._find, agent="test", keys=keys)
-        self.fetcher = Fetcher(self.store, self.exchange, self._discover, self._announce)
-
-    async def _find(self, root: CID, keys: Sequence[bytes]) -> dict[str, list[bytes]]:
-        found = await self.router.find([root.to_bytes(), *keys])
-        peers: dict[str, list[bytes]] = {}
-        for key, providers in found.items():
-            for provider in providers:
-                peers.setdefault(provider.peer, []).extend([key] if key != root.to_bytes() else [])
-        return peers
-
-    async def _discover(self, root: CID) -> int:
-        found = await self._find(root, ())
-        for peer in found:
-            try:
-                await self.exchange.join(peer)
-            except NodeError:
-                continue
-        return len(found)
-
-    def _announce(self, image: Image) -> None:
-        self.router.provide([image.id.to_bytes()])
-
-    def provide(self, path: Path) -> Image:
-        image = import_path(self.store, path).image
-        self.router.provide([image.id.to_bytes(), *map(chunk_key, image.chunks)])
-        return image
-
-    async def fetch(self, root: CID, **options: object) -> Fetched:
-        options.setdefault("timeout", 20.0)
-        return await self.fetcher.fetch(root, FetchOptions(**options), silent)  # type: ignore[arg-type]
-
-
-class World:
-    def __init__(self, tmp_path: Path, nursery: trio.Nursery) -> None:
-        self.tmp_path = tmp_path
-        self.nursery = nursery
-        self.fabric = MemoryFabric(nursery)
-        self.registry: dict[bytes, set[str]] = {}
-        self.peers: list[Peer] = []
-
-    async def peer(self, name: str, keys: TrustedKeys | None = None) -> Peer:
-        home = self.tmp_path / name
-        home.mkdir()
-        peer = Peer(home, self.fabric.node(name), self.registry, keys)
-        self.peers.append(peer)
-        await self.nursery.start(peer.exchange.run)
-        return peer
-
-
-def drop(store: Store, digests: Sequence[bytes]) -> None:
-    """Make a store forget chunks, as if it had never had them."""
-    for digest in digests:
-        for location in store.catalog.locations(digest):
-            store.catalog.drop_chunk(digest, location.source.id)
-
-
-def content(size: int, seed: int = 1) -> bytes:
-    return random.Random(seed).randbytes(size)
+from tests.swarm.peers import Peer, World, content, drop
 
 
 async def test_a_file_goes_from_one_node_to_another(world: World, tmp_path: Path) -> None:

@@ -21,7 +21,7 @@ from protocols.exchange import PROTOCOL_ID
 from protocols.exchange import messages as m
 from protocols.exchange.uploads import MAX_QUEUED_TOTAL, Uploads
 
-from .test_exchange import World, content, drop
+from .peers import World, content, drop
 
 
 async def test_a_peer_that_was_asked_too_early_tells_what_it_gets_later(world: World, tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from p2pnode.net.transport import Stream, receive_exactly
 from p2pnode.swarm.holdings import chunk_key
 from protocols.exchange import PROTOCOL_ID
 from protocols.exchange import messages as m
-from tests.swarm.test_exchange import Peer, World, content
+from tests.swarm.peers import Peer, World, content
 
 SIZE = 24 << 20
 

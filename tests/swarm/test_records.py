@@ -29,7 +29,7 @@ from protocols.exchange import PROTOCOL_ID
 from protocols.exchange import messages as m
 from protocols.manifest import FASTCDC, Image, ImageObject, Kind, encode_image
 
-from .test_exchange import Peer, World, content
+from .peers import Peer, World, content
 
 KEY, OTHER = SecretKey.generate("ours-1"), SecretKey.generate("theirs-1")
 KEYS = TrustedKeys([KEY.public_key()])
