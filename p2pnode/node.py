@@ -490,6 +490,7 @@ class Node:
             "banned": {peer: round(left) for peer, left in self._exchange.bans.items()},
             "store": local.statistics(store),
             "problems": [local.problem(problem) for problem in problems],
+            "gateway": self._gateway and {"urls": self.gateway_urls(), **self._gateway.statistics().to_dict()},
             "dht": {
                 name: getattr(dht, name) for name in dht.__slots__ if isinstance(getattr(dht, name), int | str | None)
             },

@@ -48,6 +48,7 @@ def _human(row: dict[str, Any]) -> str:
         pairs += [("peer id", row["peer_id"]), *(("address", addr) for addr in row["addrs"])]
         pairs += [("up for", text.duration(row["uptime"])), ("peers", str(row["peers"]))]
         pairs += _reachability(row["reachability"])
+        pairs += _gateway(row.get("gateway"))
         pairs += [("fetching", image) for image in row.get("fetching", ())]
         pairs += [("banned", f"{peer}, for {left} s more") for peer, left in row.get("banned", {}).items()]
     else:
@@ -71,4 +72,24 @@ def _reachability(row: dict[str, Any]) -> list[tuple[str, str]]:
     pairs += [("relay failed", why) for why in row["relay_failures"].values()]
     if (serving := row.get("serving")) is not None:
         pairs.append(("relay for", f"{serving['reservations']} nodes, {serving['circuits']} connections"))
+    return pairs
+
+
+def _gateway(row: dict[str, Any] | None) -> list[tuple[str, str]]:
+    if row is None:
+        return []
+    found, missed = row["narinfo_hits"], row["narinfo_misses"]
+    pairs = [("gateway", url) for url in row["urls"]]
+    pairs.append(("Nix asked", f"{row['requests']} times: {found} paths found, {missed} not"))
+    got = [
+        f"{row[name]['nars']} {words} ({text.size(row[name]['bytes'])})"
+        for name, words in (("store", "from the store"), ("swarm", "from the swarm"), ("upstream", "from upstream"))
+        if row[name]["nars"]
+    ]
+    told = ", ".join([f"{row['nars']} NARs", text.size(row["bytes"])]) + (f": {', '.join(got)}" if got else "")
+    if row["in_progress"]:
+        told += f"; {row['in_progress']} of them going on"
+    if row["nar_misses"]:
+        told += f"; {row['nar_misses']} could not be had"
+    pairs.append(("Nix got", told))
     return pairs

@@ -24,6 +24,7 @@ from p2pnode.gateway.peers import NarinfoClient
 from p2pnode.gateway.records import PathRecords, narinfo_of
 from p2pnode.gateway.routes import Kind, Route, Span, Unsatisfiable, nar_url, route, span
 from p2pnode.gateway.search import SwarmSearch
+from p2pnode.gateway.statistics import Counts, GatewayStatistics
 from p2pnode.gateway.upstream import open_upstreams
 from p2pnode.net.addressbook import AddressBook
 from p2pnode.net.transport import Router, Transport
@@ -85,6 +86,7 @@ class Gateway:
         self._settings = settings
         self._narinfos = narinfos
         self._nars = nars
+        self._counts = Counts()
         self.server = Server(self.handle)
         self.addresses: list[str] = []
         self._info = f"StoreDir: {STORE_DIR}\nWantMassQuery: 1\nPriority: {settings.priority}\n".encode()
@@ -157,24 +159,34 @@ class Gateway:
             finally:
                 nursery.cancel_scope.cancel()
 
+    def statistics(self) -> GatewayStatistics:
+        """What was asked and given since the start."""
+        return self._counts.snapshot(self.server.connections)
+
     async def handle(self, request: Request) -> Response:
         """Answer one request; never with a 5xx."""
+        self._counts.asked()
         if request.method not in ("GET", "HEAD"):
             return Response(405, (("Allow", "GET, HEAD"),), b"method not allowed\n")
         wanted = route(request.target)
         if wanted is None:
             return NOT_FOUND
         try:
-            match wanted.kind:
-                case Kind.CACHE_INFO:
-                    return Response(200, (("Content-Type", "text/x-nix-cache-info"),), self._info)
-                case Kind.NARINFO:
-                    return await self._narinfo(wanted)
-                case Kind.NAR | Kind.NAR_ZSTD:
-                    return await self._nar(wanted, request)
+            response = await self._answer(wanted, request)
         except (NodeError, Broken) as error:
             log.warning("gateway: %.200s: %s", request.target, one_line(str(error), 500))
-            return NOT_FOUND
+            response = NOT_FOUND
+        self._counts.answered(wanted.kind, response)
+        return response
+
+    async def _answer(self, wanted: Route, request: Request) -> Response:
+        match wanted.kind:
+            case Kind.CACHE_INFO:
+                return Response(200, (("Content-Type", "text/x-nix-cache-info"),), self._info)
+            case Kind.NARINFO:
+                return await self._narinfo(wanted)
+            case Kind.NAR | Kind.NAR_ZSTD:
+                return await self._nar(wanted, request)
 
     async def _narinfo(self, wanted: Route) -> Response:
         signed = await self._narinfos.find(wanted.key)
@@ -193,19 +205,19 @@ class Gateway:
         if source is None:
             return NOT_FOUND
         asked = request.headers.get("range") if request.headers.get("if-range", tag) == tag else None
-        return _ranged(source, asked, headers)
+        return self._ranged(source, asked, headers)
 
-
-def _ranged(source: Source, asked: str | None, headers: tuple[tuple[str, str], ...]) -> Response:
-    size = source.size
-    try:
-        part = span(asked, size)
-    except Unsatisfiable:
-        return Response(416, (*headers, ("Content-Range", f"bytes */{size}")), b"")
-    if part is None:
-        return Response(200, headers, source.pieces(Span(0, size)), size)
-    told = ("Content-Range", f"bytes {part.start}-{part.stop - 1}/{size}")
-    return Response(206, (*headers, told), source.pieces(part), len(part))
+    def _ranged(self, source: Source, asked: str | None, headers: tuple[tuple[str, str], ...]) -> Response:
+        size = source.size
+        try:
+            part = span(asked, size)
+        except Unsatisfiable:
+            return Response(416, (*headers, ("Content-Range", f"bytes */{size}")), b"")
+        body = self._counts.body(source.origin, source.pieces(Span(0, size) if part is None else part))
+        if part is None:
+            return Response(200, headers, body, size)
+        told = ("Content-Range", f"bytes {part.start}-{part.stop - 1}/{size}")
+        return Response(206, (*headers, told), body, len(part))
 
 
 async def _nothing() -> AsyncIterator[bytes]:

@@ -24,6 +24,7 @@ from p2pnode.gateway.narinfos import Narinfos, Offer
 from p2pnode.gateway.records import PathRecords
 from p2pnode.gateway.routes import Span
 from p2pnode.gateway.search import SwarmSearch
+from p2pnode.gateway.statistics import Origin
 from p2pnode.gateway.upstream import Spool, Upstream
 from p2pnode.nix.content_address import ContentCheck, names_path
 from p2pnode.nix.narinfo import NarInfo
@@ -50,10 +51,13 @@ ImageGetter = Callable[[CID, str | None], Awaitable[Image]]
 
 
 class Source(Protocol):
-    """A body: `size` bytes, any span of which can be read."""
+    """A body: `size` bytes, any span of which can be read. `origin`: where it was when it was opened."""
 
     @property
     def size(self) -> int: ...
+
+    @property
+    def origin(self) -> Origin: ...
 
     def pieces(self, span: Span) -> AsyncIterator[bytes | memoryview]:
         """Raises Broken if the rest cannot be had."""
@@ -70,6 +74,10 @@ class ObjectSource:
     @property
     def size(self) -> int:
         return self.object.size
+
+    @property
+    def origin(self) -> Origin:
+        return Origin.STORE if self._run is None else Origin.SWARM
 
     async def pieces(self, span: Span) -> AsyncIterator[bytes | memoryview]:
         layout = self.object.layout
@@ -111,7 +119,8 @@ class ObjectSource:
 class ZstdSource:
     """A complete object with each chunk as a zstd frame of its own: a length known beforehand, and ranges that hold."""
 
-    def __init__(self, store: Store, obj: ImageObject, lengths: Sequence[int]) -> None:
+    def __init__(self, store: Store, obj: ImageObject, lengths: Sequence[int], origin: Origin) -> None:
+        self.origin = origin
         self._store = store
         self._object = obj
         self._offsets = [0, *accumulate(lengths)]
@@ -141,6 +150,8 @@ def compressed(store: Store, digest: bytes) -> bytes:
 
 class SpoolSource:
     """A NAR that comes from an upstream cache."""
+
+    origin = Origin.UPSTREAM
 
     def __init__(self, spool: Spool) -> None:
         self.spool = spool
@@ -221,6 +232,7 @@ class Nars:
     async def open_zstd(self, nar_hash: bytes) -> Source | None:
         """The same, compressed; it has to be here in whole before its length is known."""
         source = await self.open(nar_hash)
+        origin = Origin.STORE if source is None else source.origin
         if isinstance(source, SpoolSource):
             await source.spool.imported.wait()
             source = await self._local(nar_hash)
@@ -240,7 +252,7 @@ class Nars:
             self._lengths[nar_hash] = lengths
             while len(self._lengths) > MAX_LENGTHS:
                 self._lengths.popitem(last=False)
-        return ZstdSource(self._store, source.object, lengths)
+        return ZstdSource(self._store, source.object, lengths, origin)
 
     async def _local(self, nar_hash: bytes) -> Source | None:
         """From an image that was verified."""

@@ -4,6 +4,8 @@ import json
 import os
 import subprocess
 import sys
+import urllib.error
+import urllib.request
 from pathlib import Path
 
 import pytest
@@ -171,3 +173,19 @@ def test_what_needs_no_network_imports_none(cli: CLI, disk: Path, args: list[str
     imported = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines()}
     assert "click" in imported
     assert not imported & {"trio", "libp2p", "rich", "zeroconf", "multiaddr"}
+
+
+def test_status_shows_the_gateway(cli: CLI) -> None:
+    _, running = cli.started("run", "--listen", "/ip4/127.0.0.1/tcp/0", "--gateway", "127.0.0.1:0")
+    (url,) = running["gateway"]
+    for path, code in (("nix-cache-info", 200), ("0" * 32 + ".narinfo", 404), ("nar/" + "z" * 52 + ".nar", 404)):
+        try:
+            answer = urllib.request.urlopen(f"{url}/{path}", timeout=30).status
+        except urllib.error.HTTPError as error:
+            answer = error.code
+        assert answer == code
+    counted = cli.json("status")["gateway"]
+    assert counted["urls"] == [url] and counted["requests"] == 3 and counted["narinfo_misses"] == 1
+    assert counted["store"] == {"nars": 0, "bytes": 0}
+    human = cli("status").stdout
+    assert url in human and "3 times: 0 paths found, 1 not" in human

@@ -114,6 +114,12 @@ def test_nix_installs_a_closure_that_only_another_machine_has(nodes: Nodes, meet
     consumer.verify(publisher.top)
     for path, data, _ in parts:
         assert consumer.store.real(path).read_bytes() == data
+    counted = consumer.daemon.run("status").check().json["gateway"]
+    assert counted["urls"] == [consumer.url] and counted["in_progress"] == 0
+    assert counted["nars"] == counted["swarm"]["nars"] == len(parts)
+    assert counted["bytes"] == sum(each.info.nar_size for each in consumer.store.info(*publisher.paths))
+    assert counted["narinfo_hits"] >= len(parts) and counted["nar_misses"] == 0
+    assert publisher.daemon.run("status").check().json["gateway"] is None
 
 
 def test_an_unsigned_closure_is_refused(nodes: Nodes, meeting_point: Daemon) -> None:
