@@ -151,6 +151,7 @@ class Node:
             lookup_seconds=config.gateway_lookup_seconds,
             priority=config.gateway_priority,
             zstd=config.gateway_compression == "zstd",
+            ipfs_cid=config.gateway_ipfs_cid,
         )
         services = Services(
             self._network,

@@ -179,6 +179,39 @@ def encode_image(kind: Kind, attributes: Mapping[str, Any], objects: Sequence[Im
     return EncodedImage(root, {root: blocks.pop(root), **blocks})
 
 
+@dataclass(frozen=True, slots=True)
+class EncodedLayout:
+    """The root of the DAG of one NAR or file, and the blocks of it above the chunks."""
+
+    root: CID
+    blocks: dict[CID, bytes]
+
+
+def encode_layout(layout: Layout) -> EncodedLayout:
+    """The DAG of one NAR or file by itself, whatever image it is in, so that its root names just these bytes.
+
+    One chunk is its own root. More have a layout block, also where they are so few that images inline them. Raises
+    `ManifestError` for none.
+    """
+    if not layout.digests:
+        raise ManifestError("no chunks, and so no DAG")
+    if len(layout.digests) == 1:
+        return EncodedLayout(CID(Codec.RAW, layout.digests[0]), {})
+    blocks: dict[CID, bytes] = {}
+    return EncodedLayout(_put_layout(layout, blocks), blocks)
+
+
+def _put_layout(layout: Layout, blocks: dict[CID, bytes]) -> CID:
+    pairs = _pairs(layout)
+    leaves = [pairs[i : i + LEAF_CHUNKS] for i in range(0, len(pairs), LEAF_CHUNKS)]
+    node = {"v": FORMAT_VERSION, "size": layout.size, "chunking": layout.chunking.to_value()}
+    return _put(node | _tree("chunks", leaves, blocks), blocks)
+
+
+def _pairs(layout: Layout) -> list[Any]:
+    return [[CID(Codec.RAW, digest), size] for digest, size in zip(layout.digests, layout.sizes, strict=True)]
+
+
 def _put(value: Any, blocks: dict[CID, bytes]) -> CID:
     data = dagcbor.encode(value)
     if len(data) > MAX_BLOCK:
@@ -199,13 +232,10 @@ def _object_value(obj: ImageObject, blocks: dict[CID, bytes]) -> dict[str, Any]:
     if obj.ca is not None:
         value["ca"] = obj.ca
     layout = obj.layout
-    pairs = [[CID(Codec.RAW, d), s] for d, s in zip(layout.digests, layout.sizes, strict=True)]
-    if len(pairs) <= INLINE_CHUNKS:
-        value["layout"] = {"chunking": layout.chunking.to_value(), "chunks": pairs}
+    if len(layout.digests) <= INLINE_CHUNKS:
+        value["layout"] = {"chunking": layout.chunking.to_value(), "chunks": _pairs(layout)}
     else:
-        leaves = [pairs[i : i + LEAF_CHUNKS] for i in range(0, len(pairs), LEAF_CHUNKS)]
-        node = {"v": FORMAT_VERSION, "size": obj.size, "chunking": layout.chunking.to_value()}
-        value["layout"] = _put(node | _tree("chunks", leaves, blocks), blocks)
+        value["layout"] = _put_layout(layout, blocks)
     return value
 
 

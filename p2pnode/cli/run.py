@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 @click.option("--relay", is_flag=True, help="Also carry connections of nodes that nobody can connect to.")
 @click.option("--gateway", metavar="HOST:PORT", help="Be a binary cache for Nix there, fed by the swarm.")
 @click.option("--upstream", multiple=True, metavar="URL", help="Binary cache that the gateway asks too. Repeatable.")
+@click.option("--ipfs-cid", is_flag=True, help="Name the root of a NAR's blocks in its narinfo, for IPLD tools.")
 @pass_app
 def run(
     app: App,
@@ -28,6 +29,7 @@ def run(
     relay: bool,
     gateway: str | None,
     upstream: tuple[str, ...],
+    ipfs_cid: bool,
 ) -> None:
     """Run the node of this machine until it is stopped (Ctrl-C or SIGTERM).
 
@@ -47,6 +49,7 @@ def run(
         relay=relay or None,
         gateway=gateway,
         gateway_upstreams=upstream or None,
+        gateway_ipfs_cid=ipfs_cid or None,
     )
     if app.daemon(config) is not None:
         raise HomeLocked(f"a node is running on {config.home} already; `p2pnode status` shows it")

@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import trio
@@ -50,7 +50,8 @@ NAR_TYPE = ("Content-Type", "application/x-nix-nar")
 class Settings:
     """`host`, `port`: to listen on. `priority`: of this cache among Nix's substituters, lower is asked first.
     `zstd`: offer NARs compressed. `lookup_seconds`: the longest that Nix waits for a narinfo. `swarm_seconds`: until
-    the swarm has to be able to give all of a NAR."""
+    the swarm has to be able to give all of a NAR. `ipfs_cid`: narinfos of NARs that are here name the root of their DAG
+    in a field of their own, which Nix skips as unknown."""
 
     host: str
     port: int
@@ -59,6 +60,7 @@ class Settings:
     priority: int = 30
     zstd: bool = False
     swarm_seconds: float = SWARM_SECONDS
+    ipfs_cid: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -192,7 +194,11 @@ class Gateway:
         signed = await self._narinfos.find(wanted.key)
         if signed is None:
             return NOT_FOUND
-        return Response(200, (NARINFO_TYPE,), narinfo_of(signed, zstd=self._settings.zstd).format().encode())
+        narinfo = narinfo_of(signed, zstd=self._settings.zstd)
+        if self._settings.ipfs_cid:
+            root = await self._nars.dag_root(signed.info.nar_hash)
+            narinfo = replace(narinfo, ipfs_cid=None if root is None else str(root))
+        return Response(200, (NARINFO_TYPE,), narinfo.format().encode())
 
     async def _nar(self, wanted: Route, request: Request) -> Response:
         zstd = wanted.kind is Kind.NAR_ZSTD

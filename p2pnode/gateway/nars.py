@@ -31,7 +31,7 @@ from p2pnode.nix.narinfo import NarInfo
 from p2pnode.store import Store
 from p2pnode.swarm.objects import ObjectFetcher, ObjectRun
 from protocols.cid import CID
-from protocols.manifest import Image, ImageObject
+from protocols.manifest import Image, ImageObject, encode_layout
 from protocols.narinfo import Found
 
 log = logging.getLogger(__name__)
@@ -216,6 +216,20 @@ class Nars:
         offer = self._narinfos.offer(nar_hash)
         return None if offer is None else offer.signed.info.nar_size
 
+    async def dag_root(self, nar_hash: bytes) -> CID | None:
+        """The root of the DAG of a NAR that is here in whole; from then on peers can have its blocks from us."""
+        return await trio.to_thread.run_sync(self._dag_root, nar_hash)
+
+    def _dag_root(self, nar_hash: bytes) -> CID | None:
+        here = self._here(nar_hash)
+        if here is None:
+            return None
+        image, obj = here
+        encoded = encode_layout(obj.layout)
+        if encoded.blocks and self._store.block(encoded.root) is None:  # an image inlines layouts of few chunks
+            self._store.put_blocks(encoded.blocks, beside=image)
+        return encoded.root
+
     async def open(self, nar_hash: bytes) -> Source | None:
         """The NAR with this SHA-256; None if it cannot be had in whole."""
         local = await self._local(nar_hash)
@@ -259,6 +273,11 @@ class Nars:
         return await trio.to_thread.run_sync(self._local_blocking, nar_hash)
 
     def _local_blocking(self, nar_hash: bytes) -> ObjectSource | None:
+        here = self._here(nar_hash)
+        return None if here is None else ObjectSource(self._store, here[1])
+
+    def _here(self, nar_hash: bytes) -> tuple[CID, ImageObject] | None:
+        """An image and an object of it that are this NAR, verified and all here."""
         for id, number, complete in self._records.places(nar_hash):
             image = self._store.image(id)
             if image is None or image.objects[number].nar_hash != nar_hash:
@@ -266,7 +285,7 @@ class Nars:
             obj = image.objects[number]
             verified = complete or self._objects.is_verified(id, number)
             if verified and all(self._store.held(obj.layout.digests)):
-                return ObjectSource(self._store, obj)
+                return id, obj
         return None
 
     async def _open(self, nar_hash: bytes) -> Source | None:

@@ -100,12 +100,18 @@ class Store:
 
     # Manifests
 
-    def put_blocks(self, blocks: Mapping[CID, bytes]) -> None:
-        """Keep manifest blocks, which the caller has verified. Those of no image go when the store opens again."""
+    def put_blocks(self, blocks: Mapping[CID, bytes], beside: CID | None = None) -> None:
+        """Keep manifest blocks, which the caller has verified. Those of no image go when the store opens again.
+
+        `beside`: an image that they are no part of, but stay as long as.
+        """
         with self.catalog.transaction() as db:
             db.executemany(
                 "INSERT OR IGNORE INTO blocks VALUES (?, ?)", ((cid.to_bytes(), data) for cid, data in blocks.items())
             )
+            if beside is not None:
+                rows = ((beside.to_bytes(), cid.to_bytes()) for cid in blocks)
+                db.executemany("INSERT OR IGNORE INTO image_blocks VALUES (?, ?)", rows)
 
     def block(self, cid: CID) -> bytes | None:
         """A manifest block, checked against its hash."""

@@ -18,16 +18,18 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import httpx
 import psutil
 import pytest
 from swarmlib.process import Daemon
 
 from p2pnode.nix.hashes import nix32_encode
-from p2pnode.nix.signatures import SecretKey
+from p2pnode.nix.narinfo import parse
+from p2pnode.nix.signatures import SecretKey, SignedInfo
 from p2pnode.nix.storepath import StorePath
 from tests.e2e.conftest import Nodes
 from tests.e2e.test_transfer import wait_announced
-from tests.nix.stores import NIX, ChrootStore
+from tests.nix.stores import NIX, ChrootStore, signed_infos
 
 pytestmark = pytest.mark.nix
 
@@ -120,6 +122,28 @@ def test_nix_installs_a_closure_that_only_another_machine_has(nodes: Nodes, meet
     assert counted["bytes"] == sum(each.info.nar_size for each in consumer.store.info(*publisher.paths))
     assert counted["narinfo_hits"] >= len(parts) and counted["nar_misses"] == 0
     assert publisher.daemon.run("status").check().json["gateway"] is None
+
+
+def test_nix_takes_a_narinfo_that_names_a_dag(nodes: Nodes, meeting_point: Daemon) -> None:
+    """Stock Nix reads the rest of it as ever, and installs the path."""
+    parts = closure(6, 2 << 20, 1000)
+    publisher = Publisher(nodes, "p", parts, meeting_point)
+    consumer = Consumer(nodes, "c", meeting_point, gateway_ipfs_cid=True)
+    for name in ("swarm", "store"):  # where the NARs are; roots are named of those that are here
+        consumer.store = ChrootStore(nodes.directory / name, f"trusted-public-keys = {KEY.public_key()}")
+        done = consumer.copy(publisher.top)
+        assert done.returncode == 0, done.stderr
+        consumer.verify(publisher.top)
+        texts = [httpx.get(f"{consumer.url}/{path.digest}.narinfo", trust_env=False).text for path in publisher.paths]
+        assert all("\nIpfsCid: b" in text for text in texts)
+    consumer.store = ChrootStore(nodes.directory / "asking")
+    command = [*NIX, "path-info", "--json", "--store", consumer.url, *map(str, publisher.paths)]
+    said = signed_infos(json.loads(consumer.store.run(*command)))
+    assert {each.info.path: each for each in said} == {each.info.path: each for each in map(signed, texts)}
+
+
+def signed(text: str) -> SignedInfo:
+    return parse(text).signed
 
 
 def test_an_unsigned_closure_is_refused(nodes: Nodes, meeting_point: Daemon) -> None:

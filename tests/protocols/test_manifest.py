@@ -266,3 +266,23 @@ def test_mutated_blocks_give_manifest_errors_only() -> None:
                 assert mf.encode_image(image.kind, image.attributes, image.objects).id == root
         except ManifestError:
             pass
+
+
+@pytest.mark.parametrize("count", [2, mf.INLINE_CHUNKS, mf.INLINE_CHUNKS + 1, mf.LEAF_CHUNKS, mf.LEAF_CHUNKS + 1])
+def test_a_layout_by_itself_is_the_block_that_images_link_to(count: int) -> None:
+    encoded = mf.encode_layout(layout(list(range(count)), last=1))
+    assert encoded.root in encoded.blocks and all(cid.matches(data) for cid, data in encoded.blocks.items())
+    image = mf.encode_image(
+        mf.Kind.FILE,
+        {},
+        [obj(numbers=list(range(count)), layout=layout(list(range(count)), 1), size=4096 * (count - 1) + 1)],
+    )
+    linked = set(encoded.blocks) & set(image.blocks)
+    assert linked == (set(encoded.blocks) if count > mf.INLINE_CHUNKS else set())
+
+
+def test_one_chunk_is_its_own_dag_and_none_is_no_dag() -> None:
+    encoded = mf.encode_layout(layout([7], last=5))
+    assert encoded == mf.EncodedLayout(CID(Codec.RAW, (7).to_bytes(32, "big")), {})
+    with pytest.raises(ManifestError):
+        mf.encode_layout(layout([]))
