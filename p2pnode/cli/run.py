@@ -8,6 +8,7 @@ import click
 
 from p2pnode.cli import options, text
 from p2pnode.cli.app import App, pass_app
+from p2pnode.cli.readiness import tell_ready
 from p2pnode.errors import HomeLocked
 
 if TYPE_CHECKING:
@@ -59,6 +60,7 @@ def run(
 
         gateway = {"gateway": node.gateway_urls()} if node.gateway_urls() else {}
         app.emit({"peer_id": node.peer_id, "addrs": node.addrs(), **gateway}, _human)
+        tell_ready()
         await trio.sleep_forever()
 
     app.run_node(config, serve, serving=True)

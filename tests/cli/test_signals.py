@@ -3,6 +3,7 @@
 import os
 import random
 import signal
+import socket
 import subprocess
 import time
 from contextlib import suppress
@@ -79,6 +80,33 @@ def test_terminate_daemon(cli: CLI) -> None:
     assert (process.returncode, stderr) == (0, "")
     assert time.monotonic() - began < 5
     assert not (cli.home / "control.sock").exists()
+
+
+@pytest.mark.parametrize("place", ["path", "abstract"])
+def test_systemd_is_told_when_the_daemon_is_ready(cli: CLI, tmp_path: Path, place: str) -> None:
+    """As with Type=notify: once, and only when commands can reach it."""
+    name = str(tmp_path / "notify") if place == "path" else f"@p2pnode-test-{os.getpid()}"
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as manager:
+        manager.bind(name.replace("@", "\0", 1) if place == "abstract" else name)
+        manager.settimeout(30)
+        cli.environ["NOTIFY_SOCKET"] = name
+        process = cli.start("run", *LISTEN)
+        assert manager.recv(100) == b"READY=1"
+        assert process.poll() is None
+        assert "peer_id" in cli.json("status")
+        manager.setblocking(False)
+        with pytest.raises(BlockingIOError):
+            manager.recv(100)
+
+
+def test_a_service_manager_that_is_gone_stops_nothing(cli: CLI, tmp_path: Path) -> None:
+    cli.environ["NOTIFY_SOCKET"] = str(tmp_path / "nobody")
+    process, running = cli.started("run", *LISTEN)
+    assert cli.json("status")["peer_id"] == running["peer_id"]
+    process.send_signal(signal.SIGTERM)
+    _, stderr = process.communicate(timeout=10)
+    assert process.returncode == 0
+    assert "systemd cannot be told" in stderr
 
 
 def test_commands_go_through_the_daemon(cli: CLI, disk: Path) -> None:
