@@ -86,7 +86,8 @@ def _gateway(row: dict[str, Any] | None) -> list[tuple[str, str]]:
         for name, words in (("store", "from the store"), ("swarm", "from the swarm"), ("upstream", "from upstream"))
         if row[name]["nars"]
     ]
-    told = ", ".join([f"{row['nars']} NARs", text.size(row["bytes"])]) + (f": {', '.join(got)}" if got else "")
+    told = f"{row['nars']} NAR{'s' if row['nars'] != 1 else ''}, {text.size(row['bytes'])}"
+    told += f": {', '.join(got)}" if got else ""
     if row["in_progress"]:
         told += f"; {row['in_progress']} of them going on"
     if row["nar_misses"]:
