@@ -119,13 +119,19 @@ async def open_session(*, socket: Path | None = None, store_root: Path | None = 
             try:
                 connection = await stack.enter_async_context(connect_socket(socket))
             except DaemonUnavailable as error:
-                if socket is not None or not os.access(STORE_DIR, os.W_OK):
+                if socket is not None or not may_write(Path(STORE_DIR)):
                     raise
                 try:
                     connection = await stack.enter_async_context(connect_process())
                 except (DaemonUnavailable, NixMissing) as other:
                     raise DaemonUnavailable(f"{error}; and without it: {other}") from other
         yield StoreSession(connection)
+
+
+def may_write(directory: Path) -> bool:
+    """Whether this user may write there, or may make it: a Nix that was just installed has no store yet."""
+    there = next(each for each in (directory, *directory.parents) if each.exists())
+    return there.is_dir() and os.access(there, os.W_OK)
 
 
 async def into_store(

@@ -14,7 +14,7 @@ import pytest
 
 from p2pnode.errors import DaemonUnavailable, NixError, OutputExists, OutputUnwritable, Untrusted
 from p2pnode.nix.cli import PathInfo
-from p2pnode.nix.into_store import into_store, open_session
+from p2pnode.nix.into_store import into_store, may_write, open_session
 from p2pnode.nix.storepath import StorePath
 from tests.nix.caches import TRUSTED, closure
 from tests.nix.stores import ChrootStore, NixDaemon
@@ -188,18 +188,26 @@ print(len(report.added))
 
 @pytest.mark.root
 @pytest.mark.skipif(os.geteuid() != 0, reason="needs a mount namespace")
-@pytest.mark.parametrize("listening", [True, False])
-def test_the_store_of_the_machine(tmp_path, listening):
+@pytest.mark.parametrize("state", ["a daemon listens", "no daemon", "just installed"])
+def test_the_store_of_the_machine(tmp_path, state):
     """At its usual place, in a namespace of its own: by the daemon if one listens there, without one otherwise."""
     (tmp_path / "nix.conf").write_text(f"trusted-public-keys = {TRUSTED}\n")
     (tmp_path / "import.py").write_text(IMPORT_HERE)
-    start = 'nix-daemon & daemon=$!; until [ -S "$socket" ]; do sleep 0.02; done' if listening else "daemon="
+    start = (
+        'nix-daemon & daemon=$!; until [ -S "$socket" ]; do sleep 0.02; done'
+        if state == "a daemon listens"
+        else "daemon="
+    )
+    if state == "just installed":
+        places, init = "mount -t tmpfs none /nix", ""
+    else:
+        places, init = "mount -t tmpfs none /nix/store; mount -t tmpfs none /nix/var/nix", "nix-store --init"
     script = f"""
         set -e
-        mount -t tmpfs none /nix/store; mount -t tmpfs none /nix/var/nix
+        {places}
         socket=/nix/var/nix/daemon-socket/socket
         trap '[ -z "$daemon" ] || kill $daemon' EXIT
-        nix-store --init
+        {init}
         {start}
         {sys.executable} {tmp_path}/import.py
         nix-store --gc >&2
@@ -215,3 +223,11 @@ def test_the_store_of_the_machine(tmp_path, listening):
     count, *kept = done.stdout.split()
     assert int(count) == len(SIGNED)
     assert {StorePath.parse(path).name for path in kept} == {"two", "appb", "liba"}
+
+
+def test_a_store_that_is_not_there_yet_can_be_made_by_whoever_may_write_above_it(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    assert may_write(tmp_path) and may_write(tmp_path / "nix" / "store")
+    assert not may_write(tmp_path / "file" / "nix" / "store")
+    if os.geteuid() != 0:
+        assert not may_write(Path("/nix-of-nobody/store"))
