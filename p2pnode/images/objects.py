@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import stat
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,6 +18,10 @@ from p2pnode.store.imports import ImportKey
 from p2pnode.store.records import FileStamp, SourceKind
 from p2pnode.store.store import Store
 from protocols.manifest import Chunking, ImageObject
+
+# Files written within one tick of a file system's clock may have one ctime: ext4 and XFS count in 1-10 ms, others in
+# whole seconds (git's "racy" entries, Documentation/technical/racy-git.txt).
+CLOCK_TICK_NS = 2_000_000_000
 
 _FLAGS = os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY
 
@@ -45,6 +50,7 @@ class ImportRun:
         except OSError as error:
             raise PathError(f"{path} cannot be read: {os.strerror(error.errno or 0)}") from error
         try:
+            began = time.time_ns()
             status = os.fstat(fd)
             if not stat.S_ISREG(status.st_mode):
                 raise PathError(f"{path} is not a regular file")
@@ -62,8 +68,11 @@ class ImportRun:
                 cancelled=self.cancelled,
             )
             size = chunked.layout.size
-            if size != stamp.size or FileStamp.of(os.fstat(fd)) != stamp:
+            after = os.fstat(fd)
+            if size != stamp.size or FileStamp.of(after) != stamp:
                 raise PathError(f"{path} changed while it was being read; try again when nothing writes to it")
+            if after.st_ctime_ns == status.st_ctime_ns < began - CLOCK_TICK_NS:
+                stamp = replace(stamp, ctime_ns=status.st_ctime_ns)
         except OSError as error:
             raise PathError(f"{path} cannot be read: {os.strerror(error.errno or 0)}") from error
         finally:

@@ -23,7 +23,7 @@ from p2pnode.store.records import FileStamp, Location, Source, SourceKind
 from p2pnode.store.space import free_bytes, write_failure
 from protocols.cid import CID
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 COMMIT_BYTES = 8 << 20  # at most this much is fetched again after a kill -9
 COMMIT_SECONDS = 0.5
 MAX_PROBLEMS = 1000
@@ -78,10 +78,12 @@ CREATE TABLE claims (               -- see store/claims.py
 CREATE INDEX claims_nar ON claims (nar_hash);
 """
 
-_MIGRATIONS = {0: _SCHEMA, 1: _CLAIMS}
+_CTIMES = "ALTER TABLE sources ADD COLUMN ctime_ns INTEGER"  # see FileStamp
+
+_MIGRATIONS = {0: _SCHEMA, 1: _CLAIMS, 2: _CTIMES}
 """What makes the next version of each, all in one transaction."""
 
-_SOURCE_COLUMNS = "s.id, s.kind, s.path, s.owned, s.dev, s.ino, s.size, s.mtime_ns, s.image"
+_SOURCE_COLUMNS = "s.id, s.kind, s.path, s.owned, s.dev, s.ino, s.size, s.mtime_ns, s.ctime_ns, s.image"
 
 
 class Catalog:
@@ -249,7 +251,7 @@ class Catalog:
             " WHERE c.digest = ? ORDER BY s.owned DESC, s.id DESC",
             digest,
         )
-        return [Location(_source(row[:9]), row[9], row[10]) for row in rows]
+        return [Location(_source(row[:-2]), *row[-2:]) for row in rows]
 
     def add_chunks(self, source: int, chunks: Iterable[tuple[bytes, int, int]]) -> None:
         """Rows (digest, offset, length) of a source; a digest it has already stays where it is."""
@@ -277,11 +279,11 @@ class Catalog:
         map: bytes | None = None,
         image: CID | None = None,
     ) -> int:
-        stamps = (stamp.dev, stamp.ino, stamp.size, stamp.mtime_ns) if stamp else (None,) * 4
+        stamps = (stamp.dev, stamp.ino, stamp.size, stamp.mtime_ns, stamp.ctime_ns) if stamp else (None,) * 5
         with self.transaction() as db:
             cursor = db.execute(
-                "INSERT INTO sources (kind, path, owned, dev, ino, size, mtime_ns, fingerprint, map, image)"
-                " VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
+                "INSERT INTO sources (kind, path, owned, dev, ino, size, mtime_ns, ctime_ns, fingerprint, map, image)"
+                " VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
                 (kind, os.fsencode(path), owned, *stamps, fingerprint, map, image and image.to_bytes()),
             )
         assert cursor.lastrowid is not None
@@ -324,8 +326,8 @@ class Catalog:
 
 @functools.lru_cache(1024)
 def _source(row: tuple[Any, ...]) -> Source:
-    id, kind, path, owned, dev, ino, size, mtime_ns, image = row
-    stamp = None if ino is None else FileStamp(dev, ino, size, mtime_ns)
+    id, kind, path, owned, dev, ino, size, mtime_ns, ctime_ns, image = row
+    stamp = None if ino is None else FileStamp(dev, ino, size, mtime_ns, ctime_ns)
     where = Path(os.fsdecode(path))
     return Source(id, SourceKind(kind), where, bool(owned), stamp, None if image is None else CID.from_bytes(image))
 

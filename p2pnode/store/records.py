@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import enum
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Self
 
@@ -98,17 +98,26 @@ class SourceKind(enum.StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class FileStamp:
-    """What tells that a file is still the one that was read: device, inode, size in bytes, mtime in ns."""
+    """What tells that a file is still the one that was read: device, inode, size in bytes, mtime in ns.
+
+    `ctime_ns`: if known, whatever was written to the file after its bytes were hashed has changed this one. (A program
+    can set an mtime back, but not a ctime.)
+    """
 
     dev: int
     ino: int
     size: int
     mtime_ns: int
+    ctime_ns: int | None = field(default=None, compare=False, repr=False)
 
     @classmethod
     def of(cls, status: os.stat_result) -> Self:
         # SQLite's integers are signed: device and inode numbers are kept modulo 2^63.
         return cls(status.st_dev % 2**63, status.st_ino % 2**63, status.st_size, status.st_mtime_ns)
+
+    def unwritten(self, status: os.stat_result) -> bool:
+        """Whether the file with this `status` is for certain the one that was hashed, byte for byte."""
+        return self.ctime_ns == status.st_ctime_ns and self == self.of(status)
 
     def same_file(self, other: FileStamp) -> bool:
         """Without the device: its number may change when the machine starts again."""

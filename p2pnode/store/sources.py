@@ -22,6 +22,7 @@ _FLAGS = os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY  # NONBLOCK: a
 class _OpenFile:
     def __init__(self, source: Source) -> None:
         self._path = source.path
+        self._stamp = source.stamp
         self._fd = os.open(source.path, _FLAGS)
         status = os.fstat(self._fd)
         self._identity = (status.st_dev, status.st_ino)
@@ -29,18 +30,19 @@ class _OpenFile:
             os.close(self._fd)
             raise ChunkUnavailable(f"{source.path} is not a regular file any more")
 
-    def read(self, offset: int, length: int) -> bytes:
-        # The name is looked up again each time: one that was removed or replaced is noticed while we hold it open.
-        status = os.stat(self._path)
-        if (status.st_dev, status.st_ino) != self._identity:
-            raise ChunkUnavailable(f"{self._path} was replaced by another file")
+    def read(self, offset: int, length: int) -> tuple[bytes, bool]:
         data = os.pread(self._fd, length, offset)
         while len(data) < length:
             more = os.pread(self._fd, length - len(data), offset + len(data))
             if not more:
                 raise ChunkUnavailable(f"{self._path} is shorter than it was")
             data += more
-        return data
+        # The name is looked up again each time: one that was removed or replaced is noticed while we hold it open. And
+        # after reading: what was written before shows in it.
+        status = os.stat(self._path)
+        if (status.st_dev, status.st_ino) != self._identity:
+            raise ChunkUnavailable(f"{self._path} was replaced by another file")
+        return data, self._stamp is not None and self._stamp.unwritten(status)
 
     def close(self) -> None:
         os.close(self._fd)
@@ -57,13 +59,13 @@ class _OpenTree:
         self._path = source.path
         self._tree = NarTree(source.path)
 
-    def read(self, offset: int, length: int) -> bytes:
+    def read(self, offset: int, length: int) -> tuple[bytes, bool]:
         status = os.lstat(self._path)
         if (status.st_dev, status.st_ino) != self._identity:
             raise ChunkUnavailable(f"{self._path} was replaced")
         if offset + length > self._map.size:
             raise ChunkUnavailable(f"the map of {self._path} does not reach as far as the chunk")
-        return self._map.read(self._tree, offset, length)
+        return self._map.read(self._tree, offset, length), False
 
     def close(self) -> None:
         self._tree.close()
@@ -79,8 +81,11 @@ class SourcePool:
         self._users: dict[int, int] = {}
         self._doomed: dict[int, list[_OpenFile | _OpenTree]] = {}  # forgotten while in use
 
-    def read(self, source: Source, offset: int, length: int) -> bytes:
-        """Exactly `length` bytes. Raises ChunkUnavailable; StoreError when out of descriptors."""
+    def read(self, source: Source, offset: int, length: int) -> tuple[bytes, bool]:
+        """Exactly `length` bytes, and whether they are for certain those that were hashed when the source was added.
+
+        Raises ChunkUnavailable; StoreError when out of descriptors.
+        """
         try:
             with self._borrow(source) as reader:
                 return reader.read(offset, length)

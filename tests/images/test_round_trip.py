@@ -154,6 +154,32 @@ def test_changed_originals_are_never_served(store: Store, tmp_path: Path) -> Non
     assert not again.reused and again.image.id != done.image.id and store.problems() == []
 
 
+def test_originals_are_hashed_again_unless_nothing_can_have_been_written(
+    store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hashed = []
+    monkeypatch.setattr("p2pnode.store.store.blake3", lambda data: hashed.append(1) or blake3(data))
+    fresh, old = tmp_path / "fresh", tmp_path / "old"
+    for seed, path in enumerate((fresh, old)):
+        path.write_bytes(random.Random(seed).randbytes(2_000_000))
+    new = import_path(store, fresh).image
+    monkeypatch.setattr("p2pnode.images.objects.CLOCK_TICK_NS", 0)  # as if it had been written long ago
+    done = import_path(store, old).image
+    store.read(next(iter(new.chunks)))
+    assert hashed, "it could have been written to within the tick of the file system's clock"
+    hashed.clear()
+    first, *_, last = done.chunks
+    assert blake3(store.read(first)).digest() == first and not hashed
+    times = old.stat()
+    with old.open("r+b") as file:
+        file.seek(1_999_999)
+        file.write(b"!")
+    os.utime(old, ns=(times.st_atime_ns, times.st_mtime_ns))
+    assert blake3(store.read(first)).digest() == first and hashed
+    with pytest.raises(ChunkUnavailable, match="do not match"):
+        store.read(last)
+
+
 @pytest.mark.parametrize("harm", ["truncate", "unlink", "replace", "directory", "fifo"])
 def test_harmed_files(store: Store, tmp_path: Path, harm: str) -> None:
     path = tmp_path / "file"

@@ -72,6 +72,7 @@ def test_a_catalog_of_the_first_version_is_taken_over(tmp_path: Path) -> None:
         image = keep_tree(store, tmp_path / "tree")
     with sqlite3.connect(tmp_path / "home/store/catalog.sqlite") as db:
         db.execute("DROP TABLE claims")
+        db.execute("ALTER TABLE sources DROP COLUMN ctime_ns")
         db.execute("PRAGMA user_version = 1")
     with Store.open(tmp_path / "home") as store:
         assert store.verify(image.id).ok
