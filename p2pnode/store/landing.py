@@ -21,6 +21,7 @@ from p2pnode.store.catalog import Catalog
 from p2pnode.store.records import SourceKind
 from p2pnode.store.rename import remove_quietly
 from p2pnode.store.space import write_failure
+from p2pnode.store.writeback import WriteBehind
 from protocols.cid import CID
 from protocols.manifest import Image, Kind
 
@@ -84,6 +85,7 @@ class Landing:
         # The row is committed before the file is made: a file without a row is nobody's.
         self._source = rows[0].id if rows else catalog.add_source(SourceKind.FILE, path, owned=True, image=image.id)
         self._fd = -1
+        self._behind = WriteBehind()
         try:
             self._open(resume=bool(rows))
         except BaseException as error:
@@ -102,9 +104,11 @@ class Landing:
                 fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 raise OutputExists(f"{self.path} is being written by another fetch; wait for it to end") from None
-            if not resume:
+            size = os.fstat(self._fd).st_size
+            if size and not resume:
                 os.ftruncate(self._fd, 0)  # whatever it holds, nothing tells what of it is good
-            if os.fstat(self._fd).st_size != self._size:
+                size = 0
+            if size != self._size:
                 os.ftruncate(self._fd, self._size)
         except (FileNotFoundError, NotADirectoryError):
             raise PathError(f"{self.path.parent} is not a directory, so nothing can be written into it") from None
@@ -134,6 +138,7 @@ class Landing:
                     size += self._sizes[digest]
             if rows:
                 self._catalog.defer(rows, size)
+                self._behind.wrote(self._fd, [(self._places[digest][0], length) for digest, _, _, length in rows])
         return good
 
     def _is_chunk(self, digest: bytes, pieces: Sequence[Buffer]) -> bool:
