@@ -364,7 +364,8 @@ class Yamux(IMuxedConn):  # type: ignore[misc]
                 self._arrived += sum(map(len, batch))
                 if now - self._measured >= MEASURE_INTERVAL:
                     self._bound_windows(now)
-                self.wake_writer()
+                if session.has_output:
+                    self.wake_writer()
         except (BaseLibp2pError, OSError, trio.BrokenResourceError, trio.ClosedResourceError) as exc:
             self._lost(str(exc) or "the connection broke")
 
@@ -411,7 +412,7 @@ class Yamux(IMuxedConn):  # type: ignore[misc]
 
     def wake_writer_for_updates(self) -> None:
         """After a read: only a window update can have become due."""
-        if self._idle and self.session.has_updates:
+        if self._idle and self.session.has_output:
             self._idle.unpark_all()
 
     def _dispatch(self, events: list[yamux.Event]) -> None:

@@ -38,7 +38,7 @@ log = logging.getLogger(__name__)
 
 HAVE_INTERVAL = 0.1  # DESIGN 4: HAVEs are batched, or a swarm of N pays N frames per chunk
 UPLOAD_WORKERS = 2
-READ_BATCH = 8  # chunks per worker-thread call
+READ_BATCH = 16  # chunks per worker-thread call
 RETRY_BUSY_MS = 1000
 MAX_SESSIONS = 500
 REJOIN_DELAYS = (0.0, 0.5, 1.0, 2.0, 4.0)  # s; whoever stays away longer is found again by the next search

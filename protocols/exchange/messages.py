@@ -195,11 +195,22 @@ Message = Hello | Interest | Availability | Have | Records | Want | Block | Dont
 
 def encode(message: Message) -> list[Buffer]:
     """The buffers of a message's frame, to be sent one after the other; a BLOCK's payload is not copied."""
-    header = dagcbor.encode(_header(message))
-    payload: Payload = message.payload if isinstance(message, Block) else ()
+    payload: Payload = ()
+    if isinstance(message, Block):
+        header, payload = _encoded_block_header(message), message.payload
+    else:
+        header = dagcbor.encode(_header(message))
     total = len(header) + sum(map(len, payload))
     prefix = total.to_bytes(4, "big") + bytes((message.TYPE,)) + len(header).to_bytes(3, "big")
     return [prefix + header, *payload]
+
+
+def _encoded_block_header(block: Block) -> bytes:
+    """`[id, encoding, size]` as `dagcbor.encode` has it, which took a tenth of a provider's Python."""
+    size = block.size
+    if len(block.id) != CID_SIZE or block.encoding >= 24 or not 0x10000 <= size <= 0xFFFFFFFF:
+        return dagcbor.encode([block.id, int(block.encoding), size])
+    return b"%b%b%c\x1a%b" % (_BLOCK_HEADER, block.id, block.encoding, size.to_bytes(4, "big"))
 
 
 def _header(message: Message) -> Any:
@@ -223,8 +234,6 @@ def _header(message: Message) -> Any:
             return [root, {"more": more, "paths": [_path_record_value(each) for each in paths]}]
         case Want(ids=ids, priority=priority):
             return [list(ids), int(priority)]
-        case Block(id=key, encoding=encoding, size=size):
-            return [key, int(encoding), size]
         case DontHave(ids=ids) | Cancel(ids=ids):
             return list(ids)
         case Busy(retry_after=retry_after):

@@ -126,9 +126,10 @@ class Session:
         return len(self._streams)
 
     @property
-    def has_updates(self) -> bool:
-        """Whether reading has made window updates due."""
-        return bool(self._updates)
+    def has_output(self) -> bool:
+        """Whether `data_to_send` has something to say, or the session has ended."""
+        pinging = self._ping_queued is not None and self._ping_sent is None
+        return bool(self._control or self._updates or self._ready or pinging or self.closed)
 
     @property
     def memory(self) -> int:
