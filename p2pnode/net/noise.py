@@ -90,11 +90,12 @@ def _scratch_buffer(size: int = SCRATCH_SIZE) -> Iterator[bytearray]:
 class _Cipher:
     """One direction: ChaCha20-Poly1305 under an 8-byte little-endian counter (Noise spec, 12.3)."""
 
-    __slots__ = ("aead", "encrypt_into", "n")
+    __slots__ = ("aead", "decrypt_into", "encrypt_into", "n")
 
     def __init__(self, key: bytes, n: int) -> None:
         self.aead = ChaCha20Poly1305(key)
         self.encrypt_into = getattr(self.aead, "encrypt_into", None)  # cryptography >= 47
+        self.decrypt_into = getattr(self.aead, "decrypt_into", None)
         self.n = n
 
     def _nonce(self) -> bytes:
@@ -109,9 +110,13 @@ class _Cipher:
         else:
             out[:] = self.aead.encrypt(self._nonce(), plaintext, None)
 
-    def open(self, record: memoryview) -> bytes:
+    def open(self, record: memoryview, out: memoryview) -> None:
+        """Decrypt into `out`, which is TAG bytes shorter."""
         try:
-            return self.aead.decrypt(self._nonce(), record, None)
+            if self.decrypt_into is not None:
+                self.decrypt_into(self._nonce(), record, None, out)
+            else:
+                out[:] = self.aead.decrypt(self._nonce(), record, None)
         except InvalidTag as exc:
             raise DecryptionFailedException("a record is forged or damaged") from exc
 
@@ -139,7 +144,7 @@ class NoiseConnection(BaseSession):  # type: ignore[misc]
         self._open = _Cipher(bytes(into.k), into.n)
         self._socket = _trio_socket(raw)
         self._tail = b""  # the beginning of a record whose rest has not arrived
-        self._left: list[bytes] = []  # plaintext that `read` left over
+        self._left: list[memoryview] = []  # plaintext that `read` left over
         self._empty = 0
         self._broken: str | None = None
         self._write_lock = trio.Lock()
@@ -159,8 +164,10 @@ class NoiseConnection(BaseSession):  # type: ignore[misc]
 
     # -- reading
 
-    async def read_batch(self) -> list[bytes]:
-        """The plaintexts of all records that have arrived, at least one; empty at the end of the connection.
+    async def read_batch(self) -> list[memoryview]:
+        """The plaintext of all records that have arrived, in one piece or more; empty at the end of the connection.
+
+        Nobody changes it any more. Its memory is kept by any slice of it.
 
         Raises `DecryptionFailedException` for a record that does not authenticate, `IncompleteReadError` when the
         connection ends within a record, `ConnectionClosedError` when it broke.
@@ -180,7 +187,7 @@ class NoiseConnection(BaseSession):  # type: ignore[misc]
             if arrived:
                 return arrived
 
-    async def _read_socket(self) -> list[bytes] | None:
+    async def _read_socket(self) -> list[memoryview] | None:
         assert self._socket is not None
         try:
             with _scratch_buffer() as scratch, memoryview(scratch) as view:
@@ -204,40 +211,44 @@ class NoiseConnection(BaseSession):  # type: ignore[misc]
             return None
         return []
 
-    async def _read_stream(self) -> list[bytes] | None:
+    async def _read_stream(self) -> list[memoryview] | None:
         data = await self.conn.read(MAX_CIPHERTEXT)
         if not data:
             return None
         return self._records(memoryview(self._tail + data if self._tail else data))
 
-    def _records(self, view: memoryview) -> list[bytes]:
-        """Decrypt the whole records in `view`; the rest is kept."""
-        records = []
-        pos, end = 0, len(view)
+    def _records(self, view: memoryview) -> list[memoryview]:
+        """Decrypt the whole records in `view`, one behind the other into one buffer; the rest is kept.
+
+        (What is longer than a record, as a chunk is, then mostly lies in one piece: a call less for each further one in
+        every layer above.)
+        """
+        whole = []
+        pos, end, room = 0, len(view), 0
+        while end - pos >= 2 and end - pos - 2 >= (size := view[pos] << 8 | view[pos + 1]):
+            whole.append(view[pos + 2 : pos + 2 + size])
+            pos += 2 + size
+            room += max(size - TAG, 0)
+        plaintext = memoryview(bytearray(room))
+        filled = 0
         try:
-            while end - pos >= 2:
-                size = view[pos] << 8 | view[pos + 1]
-                if size < TAG:
+            for record in whole:
+                size = len(record) - TAG
+                if size < 0:
                     raise DecryptionFailedException("a record is shorter than its tag")
-                if end - pos - 2 < size:
-                    break
-                pos += 2
-                plaintext = self._open.open(view[pos : pos + size])
-                pos += size
-                if plaintext:
-                    self._empty = 0
-                    records.append(plaintext)
-                else:
-                    self._empty += 1
-                    if self._empty > MAX_EMPTY_RECORDS:
-                        raise DecryptionFailedException("the peer floods us with empty records")
+                self._open.open(record, plaintext[filled : filled + size])
+                filled += size
+                self._empty = 0 if size else self._empty + 1
+                if self._empty > MAX_EMPTY_RECORDS:
+                    raise DecryptionFailedException("the peer floods us with empty records")
         except DecryptionFailedException as exc:
             self._broken = str(exc)
-            if not records:
+            if not filled:
                 raise
-            return records  # what came before was genuine; the next read raises
-        self._tail = bytes(view[pos:])
-        return records
+        else:
+            self._tail = bytes(view[pos:])
+        # What came before a bad record was genuine; the next read raises.
+        return [plaintext[:filled].toreadonly()] if filled else []
 
     async def read(self, n: int | None = None) -> bytes:
         """Up to `n` bytes, as soon as something is there; raises `ConnectionClosedError` at the end."""
@@ -251,7 +262,7 @@ class NoiseConnection(BaseSession):  # type: ignore[misc]
             batch.insert(0, data[n:])
             data = data[:n]
         self._left = batch + self._left
-        return data
+        return bytes(data)
 
     # -- writing
 

@@ -86,5 +86,5 @@ class NetworkStream:
 
 
 def _immutable(part: Buffer) -> bool:
-    """Whether `part` is bytes, or a view of bytes."""
-    return isinstance(part, bytes) or (isinstance(part, memoryview) and isinstance(part.obj, bytes))
+    """Whether `part` is bytes, or a view through which nobody writes: of bytes, or of what a peer sent."""
+    return isinstance(part, bytes) or (isinstance(part, memoryview) and part.readonly)

@@ -35,6 +35,7 @@ MIN_BATCH = 128 * 1024
 MAX_BATCH = 1 << 20
 BATCH_FAST = 0.003  # s: a full batch that was written faster may grow ...
 BATCH_SLOW = 0.010  # ... and one that took longer shrinks, so that control frames wait about this long at most
+PARSE_SIZE = 64 * 1024  # bytes between looks at the clock
 TURN = 0.005  # s of parsing before other tasks get a turn
 NODE_MEMORY = 512 * 1024 * 1024  # unread bytes and grown windows of all connections together
 
@@ -353,9 +354,13 @@ class Yamux(IMuxedConn):  # type: ignore[misc]
                     self._lost("the peer closed the connection")
                     return
                 now = turn = trio.current_time()
-                for record in batch:
-                    if session.closed is None:
-                        self._dispatch(session.receive(record, now))
+                for part in batch:
+                    at = 0
+                    while at < len(part) and session.closed is None:
+                        # The rest of a body is no more work than its first byte; other bytes may be many frames.
+                        size = max(PARSE_SIZE, session.body_left)
+                        self._dispatch(session.receive(part[at : at + size], now))
+                        at += size
                         now = trio.current_time()
                         if now - turn > TURN:
                             self.wake_writer()

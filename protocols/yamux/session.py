@@ -37,8 +37,8 @@ from protocols.yamux.stream import PART_COST, SEND_LOW, Stream
 
 Buffer = bytes | bytearray | memoryview
 
-# A slice keeps its whole record alive. Payloads that are a small part of theirs are copied, so that unread bytes pin at
-# most four times their size; tiny ones are appended to each other, so that they do not cost an object each.
+# A slice keeps the whole buffer it is from alive. Payloads that are a small part of theirs are copied, so that unread
+# bytes pin at most four times their size; tiny ones are appended to each other, so that they do not cost an object each.
 PIN_FACTOR = 4
 TINY = 1024
 COALESCED = 16 * 1024
@@ -130,6 +130,11 @@ class Session:
         """Whether `data_to_send` has something to say, or the session has ended."""
         pinging = self._ping_queued is not None and self._ping_sent is None
         return bool(self._control or self._updates or self._ready or pinging or self.closed)
+
+    @property
+    def body_left(self) -> int:
+        """Bytes still to come of the frame that is arriving."""
+        return self._body_left
 
     @property
     def memory(self) -> int:
@@ -430,6 +435,7 @@ class Session:
         self._heard = now
         view = memoryview(data)
         size = len(view)
+        pinned = memoryview(view.obj).nbytes  # by any slice of it
         self._received += size
         pos = 0
         try:
@@ -437,7 +443,7 @@ class Session:
                 if self._body_left:
                     n = min(self._body_left, size - pos)
                     self._body_left -= n
-                    self._payload(view[pos : pos + n], size)
+                    self._payload(view[pos : pos + n], pinned)
                     pos += n
                 elif not self._header and size - pos >= HEADER_SIZE:
                     self._frame(now, *HEADER.unpack_from(view, pos))
@@ -553,7 +559,7 @@ class Session:
         self._body = stream
         self._body_left = length
 
-    def _payload(self, part: memoryview, record_size: int) -> None:
+    def _payload(self, part: memoryview, pinned: int) -> None:
         stream = self._body
         n = len(part)
         if stream is None or stream.reset is not None:
@@ -566,7 +572,7 @@ class Session:
             chunks[-1] += part
         elif n < TINY:
             chunks.append(bytearray(part))
-        elif n * PIN_FACTOR < record_size:
+        elif n * PIN_FACTOR < pinned:
             chunks.append(memoryview(bytes(part)))
         else:
             chunks.append(part)
