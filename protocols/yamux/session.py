@@ -37,8 +37,8 @@ from protocols.yamux.stream import PART_COST, SEND_LOW, Stream
 
 Buffer = bytes | bytearray | memoryview
 
-# A slice keeps the whole buffer it is from alive. Payloads that are a small part of theirs are copied, so that unread
-# bytes pin at most four times their size; tiny ones are appended to each other, so that they do not cost an object each.
+# A slice keeps all of the buffer it is from alive. Payloads that are a small part of theirs are copied, so that unread
+# bytes pin at most four times their size; tiny ones are joined, so that they do not cost an object each.
 PIN_FACTOR = 4
 TINY = 1024
 COALESCED = 16 * 1024

@@ -15,7 +15,8 @@ from p2pnode.swarm.exchange import manifest_id
 from protocols import dagcbor
 from protocols.cid import CID, Codec
 from protocols.exchange.messages import Payload
-from tests.gateway.nodes import Node, Path_, World, content
+from tests.gateway.nodes import Node, Path_, World
+from tests.swarm.peers import content
 
 ONE, FEW, MANY = 1000, 1 << 20, 8 << 20  # bytes: one chunk; some, which an image inlines; more than it inlines
 

@@ -7,9 +7,10 @@ from pathlib import Path
 import trio
 
 from p2pnode.gateway.statistics import GatewayStatistics, Served
-from tests.gateway.nodes import World, content
+from tests.gateway.nodes import World
 from tests.gateway.test_upstream import cache
 from tests.nix.test_binary_cache import files, serving
+from tests.swarm.peers import content
 
 
 def latest(world: World) -> GatewayStatistics:
