@@ -58,8 +58,12 @@ def hash_parts(image: Image) -> list[bytes]:
 
 def narinfo_of(signed: SignedInfo, *, zstd: bool = False) -> NarInfo:
     """A narinfo as our cache gives it: one form and one place for all paths, and what is signed as it came."""
-    url = nar_url(signed.info.nar_hash, zstd=zstd)
-    return NarInfo(signed.info, signed.signatures[:MAX_SIGNATURES], url, "zstd" if zstd else "none")
+    info, signatures = signed.info, signed.signatures[:MAX_SIGNATURES]
+    url = nar_url(info.nar_hash, zstd=zstd)
+    if zstd:
+        return NarInfo(info, signatures, url, "zstd")
+    # Without FileSize Nix says that there is nothing to download.
+    return NarInfo(info, signatures, url, "none", ("sha256", info.nar_hash), info.nar_size)
 
 
 class PathRecords:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -80,12 +80,13 @@ class Site:
         rate: str | None = None,
         relay: bool = False,
         mdns: bool = False,
+        environ: Mapping[str, str] | None = None,
         **settings: Any,
     ) -> Node:
         """A running node that knows nothing but the first address of each of `via`.
 
-        On a host of its own behind a NAT or on the public segment, unless one is given. `settings` go into its
-        config.toml.
+        On a host of its own behind a NAT or on the public segment, unless one is given. `environ`: what its machine
+        has set beside what is set here; `settings` go into its config.toml.
         """
         self._labels += 1
         if host is None:
@@ -97,7 +98,8 @@ class Site:
             mdns=mdns,
             extra={"log_level": "info", **settings},
         )
-        daemon = Daemon(home, prefix=host.prefix, options=["--relay"] if relay else [])
+        prefix = [*host.prefix, "env", *(f"{name}={value}" for name, value in (environ or {}).items())]
+        daemon = Daemon(home, prefix=prefix, options=["--relay"] if relay else [])
         self._stack.callback(daemon.kill)
         daemon.start()
         daemon.ready()

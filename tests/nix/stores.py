@@ -9,7 +9,7 @@ import os
 import socket
 import subprocess
 import time
-from collections.abc import AsyncGenerator, Iterable
+from collections.abc import AsyncGenerator, Iterable, Mapping
 from pathlib import Path
 from typing import Any, Self
 
@@ -23,6 +23,9 @@ from p2pnode.nix.signatures import Signature, SignedInfo
 from p2pnode.nix.storepath import StorePath
 
 NIX = ["nix", "--extra-experimental-features", "nix-command"]
+
+Contents = bytes | Mapping[str, bytes | str]
+"""Of a store path: a file, or a directory of files and (text) symbolic links by their path; executable below bin/."""
 
 
 class ChrootStore:
@@ -63,15 +66,13 @@ class ChrootStore:
         """Add a tree as a content-addressed path (without references)."""
         return StorePath.parse(self.nix_store("--add", tree).strip())
 
-    def register(self, trees: Iterable[tuple[StorePath, bytes, Iterable[StorePath]]]) -> None:
-        """Make paths valid as if they had been built here: each a file with these contents and references."""
+    def register(self, trees: Iterable[tuple[StorePath, Contents, Iterable[StorePath]]]) -> None:
+        """Make paths valid as if they had been built here: each with these contents and references."""
         lines: list[str] = []
-        for path, data, references in trees:
+        for path, contents, references in trees:
             real = self.real(path)
             real.parent.mkdir(parents=True, exist_ok=True)
-            real.write_bytes(data)
-            real.chmod(0o444)
-            os.utime(real, (1, 1))
+            _build(real, contents)
             nar = b"".join(dump(real))
             referred = sorted(map(str, references))
             lines += [str(path), hashlib.sha256(nar).hexdigest(), str(len(nar)), "", str(len(referred)), *referred]
@@ -95,6 +96,30 @@ class ChrootStore:
         """An `OpenNar` of what is in this store."""
         for piece in dump(self.real(info.path)):
             yield piece
+
+
+def _build(real: Path, contents: Contents) -> None:
+    """Write the tree of a store path, as canonical as Nix makes it."""
+    if isinstance(contents, bytes):
+        _write(real, contents, 0o444)
+        return
+    real.mkdir()
+    for name, data in contents.items():
+        file = real / name
+        file.parent.mkdir(parents=True, exist_ok=True)
+        if isinstance(data, str):
+            file.symlink_to(data)
+        else:
+            _write(file, data, 0o555 if name.startswith("bin/") else 0o444)
+    for directory in sorted({real, *(each for each in real.rglob("*") if each.is_dir() and not each.is_symlink())}):
+        directory.chmod(0o555)
+        os.utime(directory, (1, 1))
+
+
+def _write(file: Path, data: bytes, mode: int) -> None:
+    file.write_bytes(data)
+    file.chmod(mode)
+    os.utime(file, (1, 1))
 
 
 def signed_infos(said: Iterable[dict[str, Any]]) -> list[SignedInfo]:
