@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import random
 import secrets
+from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
@@ -48,6 +49,9 @@ ASK_TIME = 3.0  # seconds for a HELLO or FIND, dialling included: ten slow round
 TELL_TIME = 20.0  # for an ANNOUNCE: 160 KB to each of 8 peers over a 1 Mbit/s uplink take 10 s
 SHARE_TIME = 60.0  # for all ANNOUNCEs of one pass to one peer, besides four times what they take at our rate
 KEY_SIZE = 40  # bytes of a key in a frame, about
+MUTE_TIME = 5.0  # seconds for which a peer that let a FIND time out is not asked; twice that the next time, ...
+MAX_MUTE_TIME = 60.0  # ... and so on. Other peers name it in every answer, and each look-up would wait for it anew
+MAX_MUTE = 1024
 FIND_TIME = 9.0  # of one `find`, which promises 10 s
 FIND_WIDTH = 10  # peers asked per key: the 8 that should have it and two in case they left or came
 COALESCE = 0.2  # wait for more keys: an import hands them over in many small pieces
@@ -106,6 +110,7 @@ class DHTRouter:
         self._locks: dict[str, trio.Lock] = {}  # what is announced and withdrawn at one peer keeps its order
         self._paces: dict[str, TokenBucket] = {}
         self._queries = trio.CapacityLimiter(QUERIES)
+        self._mute: OrderedDict[str, tuple[float, float]] = OrderedDict()  # until when, and for how long
         self._changed = trio.Event()  # the plan has something to announce earlier than thought
         self._withdrawn = trio.Event()
         self._arrived = trio.Event()  # somebody to greet, or somebody new in the table
@@ -137,7 +142,8 @@ class DHTRouter:
 
     async def ask(self, info: PeerInfo, message: Find) -> Found:
         """One step of a look-up, for those who watch it. Raises `RemoteError`."""
-        return await self._find_at(info, message, None)
+        async with self._queries:
+            return await self._caller.find(info, message, ASK_TIME)
 
     def add_peer(self, peer: str) -> None:
         """`peer` is connected: greet it, and know it from then on if it speaks our protocol."""
@@ -234,6 +240,7 @@ class DHTRouter:
 
     def _on_alive(self, info: PeerInfo) -> None:
         self._greet.pop(info.peer, None)
+        self._mute.pop(info.peer, None)
         if self.table.seen(info, trio.current_time()):
             self._news = True
             self._arrived.set()
@@ -273,12 +280,31 @@ class DHTRouter:
         return lookup.closest()
 
     async def _find_at(self, info: PeerInfo, message: Find, findings: Findings | None) -> Found:
+        if self._is_mute(info.peer):
+            raise NetworkTimeout(f"peer {info.peer} did not answer lately")
         async with self._queries:
-            found = await self._caller.find(info, message, ASK_TIME)
+            try:
+                found = await self._caller.find(info, message, ASK_TIME)
+            except NetworkTimeout:
+                self._timed_out(info.peer)
+                raise
+        self._mute.pop(info.peer, None)
         if findings is not None:
             for key, infos in zip(message.keys, found.providers, strict=True):
                 findings.add(key, infos)
         return found
+
+    def _is_mute(self, peer: str) -> bool:
+        return peer in self._mute and trio.current_time() < self._mute[peer][0]
+
+    def _timed_out(self, peer: str) -> None:
+        if self._is_mute(peer):
+            return  # several look-ups were waiting for it at once
+        _, before = self._mute.pop(peer, (0.0, MUTE_TIME / 2))
+        seconds = min(2 * before, MAX_MUTE_TIME)
+        self._mute[peer] = trio.current_time() + seconds, seconds
+        while len(self._mute) > MAX_MUTE:
+            self._mute.popitem(last=False)
 
     async def _sweep(
         self,

@@ -126,6 +126,23 @@ async def test_hostile_peers_cost_little(autojump_clock: MockClock, kind: str) -
         assert trio.current_time() - begun <= 2
 
 
+async def test_a_frozen_peer_that_others_name_is_not_waited_for_each_time(autojump_clock: MockClock) -> None:
+    async with swarm(4) as net:
+        frozen = net.fabric.node("frozen")
+        frozen.handle(PROTOCOL, silent)
+        for number, honest in enumerate(net.nets):
+            await honest.connect(frozen.peer_id)
+            net.nodes[number]._on_alive(m.PeerInfo(frozen.peer_id, ("/memory/frozen",)))
+        begun = trio.current_time()
+        for number in range(200):
+            await net.nodes[1].find([key(number)])
+        assert trio.current_time() - begun < 5
+        # It thaws: it is asked again before long, and at once when it speaks.
+        frozen.handle(PROTOCOL, answering(m.Found(((m.PeerInfo("node9"),),), ())))
+        net.nodes[1]._on_alive(m.PeerInfo(frozen.peer_id, ("/memory/frozen",)))
+        assert "node9" in who(await net.nodes[1].find([key(1)]), key(1))
+
+
 @pytest.mark.parametrize(
     "data",
     [
