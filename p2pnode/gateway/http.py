@@ -7,6 +7,7 @@ body go from the handler's buffer to the socket without a copy.
 from __future__ import annotations
 
 import logging
+import math
 import socket
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import aclosing
@@ -25,8 +26,11 @@ HEAD_SECONDS = 15.0  # for one whole request head, from its first byte
 IDLE_SECONDS = 120.0  # of a connection kept alive; curl drops its own after 118
 WRITE_SECONDS = 120.0  # for one piece: a reader that takes no 256 KiB in this time has gone
 WRITE_PIECE = 256 << 10
+HEAD_GRACE = 1.0  # once no more connections are taken: how long a first or begun request may take to come in ...
+WRITE_GRACE = 5.0  # ... and a reader to take a piece, before it is ended to make room for others
 READ_SIZE = 16 << 10
 BACKLOG = 128
+WARN_SECONDS = 60.0  # between two lines that say that there is no room
 
 Body = AsyncIterator[bytes | memoryview]
 
@@ -65,7 +69,13 @@ Handler = Callable[[Request], Awaitable[Response]]
 class _Connection:
     stream: trio.SocketStream
     scope: trio.CancelScope = field(default_factory=trio.CancelScope)
-    idle_since: float | None = None
+    since: float = math.inf  # when we began to wait for the client, if we do
+    grace: float = 0.0  # how long it may let us wait while others cannot get in
+
+    @property
+    def overdue(self) -> float:
+        """From when on it may be ended; never while it is us who keep the client waiting."""
+        return self.since + self.grace
 
 
 class Server:
@@ -78,7 +88,10 @@ class Server:
         self._handler = handler
         self._max = max_connections
         self._connections: set[_Connection] = set()
-        self._ended = trio.Event()
+        self._entrance = trio.Lock()
+        self._changed = trio.Event()
+        self._looks_at = -math.inf  # when whoever waits for room looks again by itself
+        self._quiet_until = -math.inf
 
     @property
     def connections(self) -> int:
@@ -100,27 +113,56 @@ class Server:
     async def _accept(self, listener: trio.SocketListener, nursery: trio.Nursery) -> None:
         async with listener:
             while True:
-                while len(self._connections) >= self._max and not self._end_idle():
-                    await self._ended.wait()
                 try:
                     stream = await listener.accept()
                 except OSError as error:  # out of descriptors, or gone before it was accepted
                     log.warning("gateway: a connection could not be accepted: %s", error.strerror)
                     await trio.sleep(0.1)
                     continue
-                connection = _Connection(stream)
-                self._connections.add(connection)
+                async with self._entrance:
+                    try:
+                        await self._room()
+                    except trio.Cancelled:
+                        stream.socket.close()
+                        raise
+                    connection = _Connection(stream)
+                    self._connections.add(connection)
                 nursery.start_soon(self._connection, connection)
 
-    def _end_idle(self) -> bool:
-        """Make room by ending the connection that has been idle for longest; False if all are at work."""
-        idle = [each for each in self._connections if each.idle_since is not None]
-        if not idle:
+    async def _room(self) -> None:
+        """Until there is room for one more."""
+        while len(self._connections) >= self._max and not self._make_room():
+            self._looks_at = min(each.overdue for each in self._connections)
+            with trio.move_on_at(self._looks_at):
+                await self._changed.wait()
+            self._looks_at = -math.inf
+
+    def _make_room(self) -> bool:
+        """End the connection that has kept us waiting for longest; False if none does so for too long.
+
+        Clients that send half a request or read a byte a minute would otherwise keep Nix out for minutes.
+        """
+        now = trio.current_time()
+        late = [each for each in self._connections if each.overdue <= now]
+        if not late:
             return False
-        oldest = min(idle, key=lambda each: each.idle_since or 0.0)
-        oldest.scope.cancel()
-        self._connections.discard(oldest)
+        worst = min(late, key=lambda each: each.since)
+        if worst.grace and now >= self._quiet_until:
+            self._quiet_until = now + WARN_SECONDS
+            log.warning("gateway: all %d connections are taken; those whose clients are too slow are ended", self._max)
+        worst.scope.cancel()
+        self._connections.discard(worst)
         return True
+
+    def _wait(self, connection: _Connection, grace: float) -> None:
+        """From now on it is the client's turn."""
+        connection.since, connection.grace = trio.current_time(), grace
+        if connection.overdue < self._looks_at:
+            self._wake()
+
+    def _wake(self) -> None:
+        self._changed.set()
+        self._changed = trio.Event()
 
     async def _connection(self, connection: _Connection) -> None:
         stream = connection.stream
@@ -134,8 +176,7 @@ class Server:
             log.exception("gateway: a connection failed")
         finally:
             self._connections.discard(connection)
-            self._ended.set()
-            self._ended = trio.Event()
+            self._wake()
             with trio.CancelScope(shield=True, deadline=trio.current_time() + 1):
                 await trio.aclose_forcefully(stream)
 
@@ -147,7 +188,7 @@ class Server:
             except h11.RemoteProtocolError as error:
                 if http.our_state in (h11.IDLE, h11.SEND_RESPONSE):
                     refusal = Response(error.error_status_hint, (("Connection", "close"),), b"bad request\n")
-                    await self._respond(connection.stream, http, refusal, "GET")
+                    await self._respond(connection, http, refusal, "GET")
                 return
             if request is None:
                 return
@@ -156,7 +197,7 @@ class Server:
             except Exception:
                 log.exception("gateway: %s %.200s failed", request.method, request.target)
                 response = Response(404, (), b"not found\n")
-            if not await self._respond(connection.stream, http, response, request.method):
+            if not await self._respond(connection, http, response, request.method):
                 return
             if http.our_state is not h11.DONE or http.their_state is not h11.DONE:
                 return
@@ -165,14 +206,16 @@ class Server:
     async def _request(self, connection: _Connection, http: h11.Connection) -> Request | None:
         """The next request; None at the end of the connection. Raises h11.RemoteProtocolError."""
         head: h11.Request | None = None
-        connection.idle_since = trio.current_time()
+        begun = False
+        self._wait(connection, 0 if http.their_http_version else HEAD_GRACE)
         with trio.CancelScope(deadline=trio.current_time() + IDLE_SECONDS) as scope:
             while True:
                 event = http.next_event()
                 if event is h11.NEED_DATA:
                     data = await connection.stream.receive_some(READ_SIZE)
-                    if connection.idle_since is not None and data:
-                        connection.idle_since = None
+                    if data and not begun:
+                        begun = True
+                        self._wait(connection, HEAD_GRACE)
                         scope.deadline = trio.current_time() + HEAD_SECONDS
                     http.receive_data(data)
                 elif isinstance(event, h11.Request):
@@ -181,56 +224,57 @@ class Server:
                     raise h11.RemoteProtocolError("a request with a body", error_status_hint=413)
                 elif isinstance(event, h11.EndOfMessage) and head is not None:
                     headers = {name.decode("latin-1"): value.decode("latin-1") for name, value in head.headers}
-                    connection.idle_since = None
+                    connection.since = math.inf
                     return Request(head.method.decode("latin-1"), head.target.decode("latin-1"), headers)
                 else:  # h11.ConnectionClosed, h11.PAUSED
                     return None
         return None
 
-    async def _respond(self, stream: trio.SocketStream, http: h11.Connection, response: Response, method: str) -> bool:
+    async def _respond(self, connection: _Connection, http: h11.Connection, response: Response, method: str) -> bool:
         """Whether all of it was sent."""
         headers = [*response.headers, ("Content-Length", str(response.size))]
         head = http.send(h11.Response(status_code=response.status, headers=headers)) or b""
         if isinstance(response.body, bytes):
             data = b"" if method == "HEAD" or not response.body else http.send(h11.Data(data=response.body)) or b""
             end = http.send(h11.EndOfMessage()) or b""
-            return await _write(stream, head + data + end)
+            return await self._write(connection, head + data + end)
         async with aclosing(response.body) as pieces:  # type: ignore[type-var]
             if method == "HEAD":
                 http.send(h11.EndOfMessage())
-                return await _write(stream, head)
+                return await self._write(connection, head)
             first = head
             try:
                 async for piece in pieces:
                     # One write for the head and the first bytes: two would wait for each other's acknowledgement.
                     http.send_with_data_passthrough(h11.Data(data=piece))  # type: ignore[arg-type]
                     if first:
-                        if not await _write(stream, first + bytes(piece[:WRITE_PIECE])):
+                        if not await self._write(connection, first + bytes(piece[:WRITE_PIECE])):
                             return False
                         piece = memoryview(piece)[WRITE_PIECE:]
                         first = b""
                     view = memoryview(piece)
                     for start in range(0, len(view), WRITE_PIECE):
-                        if not await _write(stream, view[start : start + WRITE_PIECE]):
+                        if not await self._write(connection, view[start : start + WRITE_PIECE]):
                             return False
             except Broken as error:
                 log.warning("gateway: a body is broken off: %s", error)
                 return False
-            if first and not await _write(stream, first):
+            if first and not await self._write(connection, first):
                 return False
         http.send(h11.EndOfMessage())
         return True
 
-
-async def _write(stream: trio.SocketStream, data: bytes | memoryview) -> bool:
-    if not data:
+    async def _write(self, connection: _Connection, data: bytes | memoryview) -> bool:
+        if not data:
+            return True
+        self._wait(connection, WRITE_GRACE)
+        with trio.move_on_after(WRITE_SECONDS) as scope:
+            await connection.stream.send_all(data)
+        connection.since = math.inf
+        if scope.cancelled_caught:
+            log.warning("gateway: a client took no data for %.0f s; it is disconnected", WRITE_SECONDS)
+            return False
         return True
-    with trio.move_on_after(WRITE_SECONDS) as scope:
-        await stream.send_all(data)
-    if scope.cancelled_caught:
-        log.warning("gateway: a client took no data for %.0f s; it is disconnected", WRITE_SECONDS)
-        return False
-    return True
 
 
 def _name(sock: trio.socket.SocketType) -> str:

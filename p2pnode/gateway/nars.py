@@ -9,7 +9,8 @@ from __future__ import annotations
 import logging
 from bisect import bisect_right
 from collections import OrderedDict
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
+from contextlib import contextmanager
 from itertools import accumulate
 from pathlib import Path
 from typing import Protocol
@@ -39,7 +40,8 @@ log = logging.getLogger(__name__)
 SWARM_SECONDS = 20.0  # until the swarm has to be able to give all of a NAR; Nix waits 300 s for a byte
 SWARM_SECONDS_OR_UPSTREAM = 5.0  # the same where an upstream cache stands behind it
 MANIFEST_SECONDS = 15.0
-READ_BATCH = 1 << 20  # bytes of chunks per worker-thread call
+READ_BATCH = 1 << 20  # bytes of chunks per worker-thread call ...
+READ_MEMORY = 32 << 20  # ... and over all readers, slow ones included: with many of them each gets less at a time
 ZSTD_LEVEL = 1  # for a network of a gigabit and more; the link decides, not the disk
 MAX_LENGTHS = 256  # NARs whose compressed chunk lengths are kept: 4 bytes a chunk, 16 MB at 64 GiB each
 POOR_SECONDS = 60.0  # after a failed fetch an upstream cache is taken at once
@@ -63,12 +65,32 @@ class Source(Protocol):
         """Raises Broken if the rest cannot be had."""
 
 
+class Readers:
+    """Those who read bodies at present, and how many bytes each may have in memory at a time."""
+
+    def __init__(self) -> None:
+        self._count = 0
+
+    @property
+    def batch(self) -> int:
+        return min(READ_BATCH, READ_MEMORY // max(1, self._count))
+
+    @contextmanager
+    def one_more(self) -> Iterator[None]:
+        self._count += 1
+        try:
+            yield
+        finally:
+            self._count -= 1
+
+
 class ObjectSource:
     """An object of an image: complete, or on its way (`run`)."""
 
-    def __init__(self, store: Store, obj: ImageObject, run: ObjectRun | None = None) -> None:
+    def __init__(self, store: Store, obj: ImageObject, readers: Readers, run: ObjectRun | None = None) -> None:
         self.object = obj
         self._store = store
+        self._readers = readers
         self._run = run
 
     @property
@@ -83,13 +105,14 @@ class ObjectSource:
         layout = self.object.layout
         offsets = [0, *accumulate(layout.sizes)]
         index = bisect_right(offsets, span.start) - 1
-        while index < len(layout.digests) and offsets[index] < span.stop:
-            end = await self._available(index)
-            for data in await self._read(layout.digests[index:end]):
-                view = memoryview(data)[max(0, span.start - offsets[index]) : max(0, span.stop - offsets[index])]
-                if view:
-                    yield view
-                index += 1
+        with self._readers.one_more():
+            while index < len(layout.digests) and offsets[index] < span.stop:
+                end = await self._available(index)
+                for data in await self._read(layout.digests[index:end]):
+                    view = memoryview(data)[max(0, span.start - offsets[index]) : max(0, span.stop - offsets[index])]
+                    if view:
+                        yield view
+                    index += 1
 
     async def _available(self, index: int) -> int:
         """Up to which chunk, exclusively, can be read in one go from `index` on."""
@@ -101,7 +124,7 @@ class ObjectSource:
             except NodeError as error:
                 raise Broken(f"{self.object.path}: {error}") from error
         end, size = index + 1, layout.sizes[index]
-        while end < len(layout.digests) and size + layout.sizes[end] <= READ_BATCH:
+        while end < len(layout.digests) and size + layout.sizes[end] <= self._readers.batch:
             last = end == len(layout.digests) - 1
             if run is not None and not run.finished.is_set() and (last or layout.digests[end] in run.missing):
                 break
@@ -153,8 +176,9 @@ class SpoolSource:
 
     origin = Origin.UPSTREAM
 
-    def __init__(self, spool: Spool) -> None:
+    def __init__(self, spool: Spool, readers: Readers) -> None:
         self.spool = spool
+        self._readers = readers
 
     @property
     def size(self) -> int:
@@ -163,10 +187,10 @@ class SpoolSource:
     async def pieces(self, span: Span) -> AsyncIterator[bytes | memoryview]:
         at = span.start
         try:
-            with self.spool.reader() as read:
+            with self.spool.reader() as read, self._readers.one_more():
                 while at < span.stop:
                     await self.spool.wait(at)
-                    count = min(READ_BATCH, span.stop - at, self.spool.written - at)
+                    count = min(self._readers.batch, span.stop - at, self.spool.written - at)
                     data = await trio.to_thread.run_sync(read, at, count)
                     at += len(data)
                     yield data
@@ -201,6 +225,7 @@ class Nars:
         self._imported = imported
         self._directory = spool_directory
         self._spawn = spawn
+        self._readers = Readers()
         self._opening: dict[bytes, trio.Lock] = {}
         self._spools: dict[bytes, Spool] = {}
         self._limit = trio.CapacityLimiter(MAX_SPOOLS)
@@ -274,7 +299,7 @@ class Nars:
 
     def _local_blocking(self, nar_hash: bytes) -> ObjectSource | None:
         here = self._here(nar_hash)
-        return None if here is None else ObjectSource(self._store, here[1])
+        return None if here is None else ObjectSource(self._store, here[1], self._readers)
 
     def _here(self, nar_hash: bytes) -> tuple[CID, ImageObject] | None:
         """An image and an object of it that are this NAR, verified and all here."""
@@ -295,7 +320,7 @@ class Nars:
         spool = self._spools.get(nar_hash)
         if spool is not None and spool.failure is None:
             if not spool.finished.is_set():
-                return SpoolSource(spool)
+                return SpoolSource(spool, self._readers)
             await spool.imported.wait()
             return await self._local(nar_hash)
         offer = self._narinfos.offer(nar_hash)
@@ -357,12 +382,15 @@ class Nars:
         if number >= len(image.objects) or image.objects[number].nar_hash != nar_hash:
             log.warning("peer %s says that image %s has a NAR which it has not", peer, id)
             return None
+        if offer is not None and image.objects[number].size != offer.signed.info.nar_size:
+            log.warning("image %s has a NAR of another size than what is signed for %s", id, offer.signed.info.path)
+            return None  # terabytes might come before its hash turns out wrong
         await trio.to_thread.run_sync(self._learn, image, offer)
         check = None
         if offer is not None and names_path(offer.signed.info):
             check = ContentCheck(offer.signed.info)
         run = self._objects.fetch(image, number, check)
-        return ObjectSource(self._store, run.object, run) if await run.wait_promising() else None
+        return ObjectSource(self._store, run.object, self._readers, run) if await run.wait_promising() else None
 
     def _learn(self, image: Image, offer: Offer | None) -> None:
         self._records.learn(image)
@@ -386,7 +414,7 @@ class Nars:
             await spool.wait(0)
         except NodeError:
             return None
-        return SpoolSource(spool)
+        return SpoolSource(spool, self._readers)
 
     async def _download(self, nar_hash: bytes, spool: Spool, upstream: Upstream, proved: bool) -> None:
         """The top of a download's task."""

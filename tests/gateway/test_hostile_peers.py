@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -11,8 +12,12 @@ import trio
 from p2pnode.errors import StreamClosed
 from p2pnode.gateway.peers import receive_frame
 from p2pnode.gateway.records import narinfo_of
+from p2pnode.images.objects import ImportRun
 from p2pnode.net.transport import Stream
+from p2pnode.progress import silent
+from p2pnode.store.records import Origin
 from protocols.cid import CID, Codec
+from protocols.manifest import FASTCDC, Image, Kind, encode_image
 from protocols.narinfo import MAX_REQUEST, PROTOCOL, Found, decode_request, encode_answer
 from tests.gateway.nodes import World
 from tests.nix.caches import path, text, vectors
@@ -96,6 +101,38 @@ async def test_an_image_that_does_not_have_the_nar(world: World) -> None:
     # Once somebody honest is connected, it is found at them.
     await node.network.connect("p")
     assert (await client.get(lib.nar_url)).content == lib.nar
+
+
+async def test_an_image_whose_nar_is_larger_than_what_was_signed(
+    world: World, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Its chunks are true to the image and the hash would be wrong in the end, after any number of gigabytes."""
+    evil, node = await world.node("evil"), await world.node("c")
+    (lib,) = evil.provide({"lib": (content(1000), ())})
+    world.registry.clear()
+    run = ImportRun(evil.store, FASTCDC, silent, lambda: False)
+    (world.tmp_path / "large").write_bytes(content(8 << 20))
+    large = run.nar(world.tmp_path / "large", lib.path.base_name)
+    objects = (replace(large, nar_hash=lib.signed.info.nar_hash),)
+    encoded = encode_image(Kind.STORE_PATH, {}, objects)
+    image = Image(encoded.id, Kind.STORE_PATH, {}, objects, tuple(encoded.blocks))
+    evil.store.put_blocks(encoded.blocks)
+    evil.store.add_image(image, name="large", origin=Origin.PROVIDED, complete=True, path=None)
+
+    async def reply(stream: Stream, keys: tuple[bytes, ...]) -> None:
+        await stream.send_all(encode_answer([Found(narinfo_of(lib.signed).format(), image.id, 0)] * len(keys)))
+
+    async def serve(stream: Stream) -> None:
+        while (body := await receive_frame(stream, MAX_REQUEST)) is not None:
+            await reply(stream, decode_request(body))
+
+    evil.network.handle(PROTOCOL, serve)
+    await node.network.connect("evil")
+    client = await world.gateway(node)
+    assert (await client.get(lib.narinfo_url)).status_code == 200
+    assert (await client.get(lib.nar_url)).status_code == 404
+    assert node.exchange.traffic("evil").received < 100_000
+    assert any("another size" in record.message for record in caplog.records)
 
 
 async def test_a_peer_that_asks_nonsense(world: World) -> None:

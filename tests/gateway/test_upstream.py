@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import bz2
 import contextlib
+import gzip
 import lzma
 from collections.abc import Awaitable, Callable
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import trio
+import zstandard
 
+from p2pnode.nix import binary_cache
 from p2pnode.nix.hashes import format_sha256
 from p2pnode.nix.narinfo import MAX_SIGNATURES, NarInfo, parse
 from p2pnode.nix.signatures import Signature, SignedInfo
@@ -139,6 +145,8 @@ def bad_nar(kind: str, each: Path_, narinfo: bytes) -> Handler:
         match kind:
             case "500":
                 await stream.send_all(response(b"", "500 Internal Server Error"))
+            case "whole":
+                await stream.send_all(response(each.nar))
             case "missing":
                 await stream.send_all(response(b"", "404 Not Found"))
             case "truncated":
@@ -150,30 +158,88 @@ def bad_nar(kind: str, each: Path_, narinfo: bytes) -> Handler:
                 await stream.send_all(response(each.nar[:-100] + b"x" + each.nar[-99:]))
             case "reset":
                 await stream.aclose()
-            case "bomb":
-                await stream.send_all(response(lzma.compress(bytes(100 << 20))))
+            case "hang":
+                await stream.send_all(response(each.nar[:300_000], length=len(each.nar)))
+                await trio.sleep_forever()
+            case "endless":
+                await stream.send_all(b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n")
+                while True:
+                    await stream.send_all(b"10000\r\n" + bytes(0x10000) + b"\r\n")
+            case "in circles":
+                await stream.send_all(response(b"", "302 Found", f"Location: {target}"))
+            case "encoded":
+                await stream.send_all(response(gzip.compress(each.nar), "200 OK", "Content-Encoding: gzip"))
+            case "garbage":
+                await stream.send_all(b"\0\xff\r\n\r\n" * 1000)
+            case "xz" | "gzip" | "bzip2" | "zstd":
+                await stream.send_all(response(BOMBS[kind](bytes(100 << 20))))
 
     return handler
 
 
-@pytest.mark.parametrize("kind", ["500", "missing", "truncated", "oversized", "changed", "reset", "bomb"])
-async def test_bad_nars(world: World, kind: str) -> None:
+BOMBS: dict[str, Callable[[bytes], bytes]] = {
+    "xz": partial(lzma.compress, preset=0),
+    "gzip": gzip.compress,
+    "bzip2": bz2.compress,
+    "zstd": zstandard.compress,
+}
+BAD_NARS = ["500", "missing", "truncated", "oversized", "changed", "reset", "hang", "endless", "in circles", "encoded"]
+
+
+@pytest.mark.parametrize("kind", [*BAD_NARS, "garbage", *BOMBS])
+async def test_bad_nars(
+    world: World, kind: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(binary_cache, "STALL_TIMEOUT", 0.5)
     origin, node = await world.node("o"), await world.node("c")
     (lib,) = origin.provide({"lib": (content(600_000), ())})
     await world.fabric.stop("o")
     world.registry.clear()
-    compression = "xz" if kind == "bomb" else "none"
+    compression = kind if kind in BOMBS else "none"
     narinfo = NarInfo(lib.signed.info, lib.signed.signatures, "nar/x", compression).format().encode()
     async with serving(bad_nar(kind, lib, narinfo)) as url:
         client = await world.gateway(node, upstreams=(url,))
         assert (await client.get(lib.narinfo_url)).status_code == 200
-        await fails(client, lib.nar_url)
+        caplog.clear()
+        with trio.fail_after(10):
+            await fails(client, lib.nar_url)
     assert not node.store.images()
     assert not list((node.home / "spool").iterdir())
+    told(caplog, "upstream http://")
 
 
-@pytest.mark.parametrize("kind", ["500", "reset", "hang", "other path", "lie about the size"])
-async def test_bad_upstreams_are_a_404_in_time(world: World, kind: str) -> None:
+def told(caplog: pytest.LogCaptureFixture, start: str) -> None:
+    """That it was logged, in lines of bounded length."""
+    lines = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert any(line.startswith(start) for line in lines), lines
+    assert all("\n" not in line and len(line) < 1000 for line in lines), lines
+
+
+@pytest.mark.parametrize("size", [1, 100, (1 << 62) + 1, (1 << 63) - 1])
+async def test_a_size_that_nobody_signed(world: World, size: int, caplog: pytest.LogCaptureFixture) -> None:
+    """Where nothing is demanded, a narinfo can claim any size: nothing is allocated, downloaded or kept for it."""
+    origin, node = await world.node("o"), await world.node("c")
+    (lib,) = origin.provide({"lib": (content(600_000), ())})
+    await world.fabric.stop("o")
+    world.registry.clear()
+    lie = NarInfo(replace(lib.signed.info, nar_size=size), (), "nar/x", "none").format().encode()
+    async with serving(bad_nar("whole", lib, lie)) as url:
+        client = await world.gateway(node, NOT_DEMANDED, upstreams=(url,))
+        assert (await client.get(lib.narinfo_url)).status_code == 200
+        caplog.clear()
+        with trio.fail_after(10):
+            head = await client.head(lib.nar_url)
+            assert head.status_code == 404 or head.headers["content-length"] == str(size)
+            await fails(client, lib.nar_url)
+    assert not node.store.images()
+    told(caplog, "upstream http://")
+
+
+SILLY = ["truncated", "endless", "dripping", "in circles", "encoded", "garbage", "escapes"]
+
+
+@pytest.mark.parametrize("kind", ["500", "reset", "hang", "other path", "lie about the size", *SILLY])
+async def test_bad_upstreams_are_a_404_in_time(world: World, kind: str, caplog: pytest.LogCaptureFixture) -> None:
     origin, node = await world.node("o"), await world.node("c")
     lib, tool = origin.provide({"lib": (content(1000), ()), "tool": (content(1000, 2), ())})
     await world.fabric.stop("o")
@@ -195,6 +261,26 @@ async def test_bad_upstreams_are_a_404_in_time(world: World, kind: str) -> None:
                     format_sha256(tool.signed.info.nar_hash), format_sha256(lib.signed.info.nar_hash)
                 )
                 await stream.send_all(response(lie.replace("NarSize: ", "NarSize: 9").encode()))
+            case "truncated":
+                await stream.send_all(response(other.encode()[:-40], length=len(other)))
+                await stream.aclose()
+            case "endless":
+                await stream.send_all(b"HTTP/1.1 200 OK\r\n\r\n")
+                while True:
+                    await stream.send_all(bytes(0x10000))
+            case "dripping":
+                await stream.send_all(response(b"", length=1000))
+                while True:
+                    await stream.send_all(b"x")
+                    await trio.sleep(0.05)
+            case "in circles":
+                await stream.send_all(response(b"", "302 Found", f"Location: {target}"))
+            case "encoded":
+                await stream.send_all(response(gzip.compress(other.encode()), "200 OK", "Content-Encoding: gzip"))
+            case "garbage":
+                await stream.send_all(b"\0\xff\r\n\r\n" * 1000)
+            case "escapes":
+                await stream.send_all(response(b"StorePath: \x1b[2J\r\a\x00\n" * 100))
 
     async with serving(handler) as url:
         client = await world.gateway(node, upstreams=(url,), lookup_seconds=0.3)
@@ -202,6 +288,7 @@ async def test_bad_upstreams_are_a_404_in_time(world: World, kind: str) -> None:
             began = trio.current_time()
             assert (await client.get(lib.narinfo_url)).status_code == 404
             assert trio.current_time() - began < 2
+    told(caplog, "http://" if kind == "lie about the size" else "upstream http://")
 
 
 async def test_a_hanging_upstream_costs_few_requests_their_time(world: World) -> None:
