@@ -27,7 +27,7 @@ from p2pnode.gateway.routes import Span
 from p2pnode.gateway.search import SwarmSearch
 from p2pnode.gateway.statistics import Origin
 from p2pnode.gateway.upstream import Spool, Upstream
-from p2pnode.nix.content_address import ContentCheck, names_path
+from p2pnode.nix.content_address import check_beside_nar_hash
 from p2pnode.nix.narinfo import NarInfo
 from p2pnode.store import Store
 from p2pnode.swarm.objects import ObjectFetcher, ObjectRun
@@ -386,9 +386,7 @@ class Nars:
             log.warning("image %s has a NAR of another size than what is signed for %s", id, offer.signed.info.path)
             return None  # terabytes might come before its hash turns out wrong
         await trio.to_thread.run_sync(self._learn, image, offer)
-        check = None
-        if offer is not None and names_path(offer.signed.info):
-            check = ContentCheck(offer.signed.info)
+        check = None if offer is None else check_beside_nar_hash(offer.signed.info)
         run = self._objects.fetch(image, number, check)
         return ObjectSource(self._store, run.object, self._readers, run) if await run.wait_promising() else None
 

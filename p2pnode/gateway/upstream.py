@@ -17,7 +17,7 @@ import trio
 from p2pnode.errors import NarInfoError, NodeError, StoreError
 from p2pnode.images.chunker import chunk_stream, sha256
 from p2pnode.nix.binary_cache import BinaryCache, open_cache
-from p2pnode.nix.content_address import ContentCheck, names_path
+from p2pnode.nix.content_address import check_beside_nar_hash
 from p2pnode.nix.narinfo import NarInfo
 from p2pnode.nix.storepath import infer_ca
 from p2pnode.store import Store
@@ -114,7 +114,7 @@ class Spool:
         """Download and verify. Raises NodeError of any kind; readers then see `failure`."""
         info = self.narinfo.info
         await trio.to_thread.run_sync(check_space, self._directory, self.size)
-        proof = ContentCheck(info) if names_path(info) else None
+        proof = check_beside_nar_hash(info)
         held: bytes = b""
         async with contextlib.aclosing(cache.nar(self.narinfo)) as pieces:
             async for piece in pieces:

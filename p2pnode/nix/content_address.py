@@ -49,6 +49,11 @@ def proved_by_nar_hash(info: PathInfo) -> bool:
     return address.method is CAMethod.RECURSIVE and address.algorithm == "sha256" and address.digest == info.nar_hash
 
 
+def check_beside_nar_hash(info: PathInfo) -> ContentCheck | None:
+    """What the NAR of a path must be fed to besides the hash that gives `info.nar_hash`; None if that is all."""
+    return ContentCheck(info) if names_path(info) and not proved_by_nar_hash(info) else None
+
+
 class ContentCheck:
     """Compares a NAR with the `ca` of its path. Feed it all of the NAR, then call `finish`."""
 

@@ -11,7 +11,7 @@ import trio
 
 from p2pnode.errors import StreamClosed
 from p2pnode.gateway.peers import receive_frame
-from p2pnode.gateway.records import narinfo_of
+from p2pnode.gateway.records import narinfo_of, part_of
 from p2pnode.images.objects import ImportRun
 from p2pnode.net.transport import Stream
 from p2pnode.progress import silent
@@ -80,6 +80,42 @@ async def test_nonsense_is_bounded_in_time_and_hurts_nobody_else(world: World, k
     began = trio.current_time()
     assert (await client.get("/" + "0" * 32 + ".narinfo")).status_code == 404
     assert trio.current_time() - began < 2
+
+
+async def test_slow_peers_keep_nix_no_longer_than_configured(world: World) -> None:
+    """Look-ups of many paths at once, of which a peer that needs longer than Nix is made to wait has one."""
+    good, node = await world.node("p"), await world.node("c")
+    (lib,) = good.provide({"lib": (content(1000), ())})
+    await world.fabric.stop("p")
+    world.registry.clear()
+
+    async def reply(stream: Stream, keys: tuple[bytes, ...]) -> None:
+        await trio.sleep(0.5)
+        (record,) = good.records.of_part(part_of(lib.path))
+        text = narinfo_of(record.signed).format()
+        wanted = (part_of(lib.path), lib.signed.info.nar_hash)
+        await stream.send_all(encode_answer([Found(text, record.image, 0) if key in wanted else None for key in keys]))
+
+    for number in range(4):
+        await liar(world, f"slow{number}", reply)
+        await node.network.connect(f"slow{number}")
+    client = await world.gateway(node, lookup_seconds=0.2)
+    longest = 0.0
+
+    async def miss(number: int) -> None:
+        nonlocal longest
+        began = trio.current_time()
+        assert (await client.get(f"/{number:032}.narinfo")).status_code == 404
+        longest = max(longest, trio.current_time() - began)
+
+    assert (await client.get(lib.narinfo_url)).status_code == 404
+    async with trio.open_nursery() as nursery:
+        for number in range(50):
+            nursery.start_soon(miss, number)
+    assert longest < 2
+    with trio.fail_after(10):  # the answer was not lost: who asks again has it
+        while (await client.get(lib.narinfo_url)).status_code != 200:
+            await trio.sleep(0.1)
 
 
 async def test_an_image_that_does_not_have_the_nar(world: World) -> None:
