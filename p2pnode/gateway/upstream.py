@@ -15,21 +15,19 @@ from pathlib import Path
 import trio
 
 from p2pnode.errors import NarInfoError, NodeError, StoreError
-from p2pnode.images.chunker import chunk_stream, sha256
+from p2pnode.images.nar_file import land_nar, read_nar
 from p2pnode.nix.binary_cache import BinaryCache, open_cache
 from p2pnode.nix.content_address import check_beside_nar_hash
 from p2pnode.nix.narinfo import NarInfo
-from p2pnode.nix.storepath import infer_ca
 from p2pnode.store import Store
 from p2pnode.store.records import Origin
 from p2pnode.store.space import check_space, write_failure
-from protocols.manifest import FASTCDC, Image, ImageObject, Kind, encode_image
+from protocols.manifest import FASTCDC, Image
 
 log = logging.getLogger(__name__)
 
 REST_SECONDS = 30.0
 FAILURES = 2  # in a row, after which a cache rests: one may be this path's fault
-LANDING_BATCH = 4 << 20
 
 
 class Upstream:
@@ -166,43 +164,9 @@ class Spool:
             os.close(fd)
 
     def into_store(self, store: Store) -> Image:
-        """Make it an image of kind `store-path`, the same that a machine with this path would provide. Blocks."""
+        """Make it an image of kind `store-path`, the same that a machine with this path would provide. Blocks.
+
+        Raises NarError for what is no NAR though it has the right hash, StoreError.
+        """
         info = self.narinfo.info
-        at = 0
-
-        def fill(view: memoryview) -> int:
-            nonlocal at
-            count = os.preadv(self._fd, [view], at)
-            at += count
-            return count
-
-        chunked = chunk_stream(fill, FASTCDC, sha256())
-        ca = infer_ca(info.path, info.nar_hash, info.references)
-        itself = (0,) if info.path in info.references else ()
-        address = None if ca is None else str(ca)
-        obj = ImageObject(info.path.base_name, self.size, chunked.layout, chunked.digest, None, itself, address)
-        encoded = encode_image(Kind.STORE_PATH, {}, [obj])
-        image = Image(encoded.id, Kind.STORE_PATH, {}, (obj,), tuple(encoded.blocks))
-        with store.catalog.transaction():
-            store.put_blocks(encoded.blocks)
-            store.add_image(image, name=info.path.name, origin=Origin.FETCHED, complete=False, path=None)
-        landing = store.landing(image)
-        try:
-            here = dict(zip(image.chunks, store.held(image.chunks), strict=True))
-            batch: list[tuple[bytes, tuple[bytes]]] = []
-            offset = size = 0
-            for digest, length in zip(chunked.layout.digests, chunked.layout.sizes, strict=True):
-                if not here[digest]:
-                    here[digest] = 1
-                    batch.append((digest, (os.pread(self._fd, length, offset),)))
-                    size += length
-                offset += length
-                if size >= LANDING_BATCH:
-                    landing.accept_many(batch)
-                    batch, size = [], 0
-            if batch:
-                landing.accept_many(batch)
-        finally:
-            landing.close()
-        store.mark_complete(image.id, None)
-        return image
+        return land_nar(store, read_nar(self._fd, info, FASTCDC), self._fd, info.path.name, Origin.FETCHED)
