@@ -38,6 +38,7 @@ log = logging.getLogger(__name__)
 MAX_REQUEST = 256 << 10  # bytes; a link of 32 KiB and a few paths of 4 KiB fit even when every character is escaped
 MAX_CLIENTS = 64
 MAX_KEYS = 64
+MAX_PATHS = 1000  # of one request: MAX_REQUEST holds them at their longest
 REQUEST_TIMEOUT = 10.0  # s for a client to send its request after it connected
 PROGRESS_INTERVAL = 0.25  # s
 ACCEPT_PAUSE = 0.5  # s, when the process is out of file descriptors
@@ -46,6 +47,8 @@ MAX_TIMEOUT = 30 * 86400.0
 MAX_SOCKET_PATH = 107  # bytes: sockaddr_un has 108 with the final NUL, see unix(7)
 
 Result = dict[str, Any]
+Tell = Callable[[Result], Awaitable[None]]
+"""Takes results as they come, from any number of tasks."""
 
 
 class NodeAPI(Protocol):
@@ -60,6 +63,22 @@ class NodeAPI(Protocol):
         """Import `path` and serve it from now on; `sign_keys`: files of keys to sign store paths with.
 
         {"image", "link", "kind", "name", "bytes", "new_bytes", "chunks", "seconds"}, as soon as it is being served.
+        """
+
+    async def publish(
+        self,
+        cache: str,
+        *,
+        paths: Sequence[str],
+        name: str | None,
+        report: Report,
+        tell: Tell,
+        sign_keys: Sequence[str] = (),
+    ) -> None:
+        """Import what the binary cache at a URL or absolute path holds, or the closures of `paths` in it, and serve it.
+
+        `tell` gets images as `provide` returns them, {"path", "error", "message", "exit_code"} for what could not be
+        published, and {"path", "warning"}.
         """
 
     async def fetch(
@@ -190,6 +209,7 @@ class _Client:
         self._stream = stream
         self._node = node
         self._latest: Progress | None = None
+        self._sending = trio.Lock()  # answers and progress share the stream
 
     async def run(self) -> None:
         try:
@@ -203,7 +223,6 @@ class _Client:
             nursery.start_soon(self._send_progress)
             answers = await self._perform(operation, args)
             nursery.cancel_scope.cancel()
-        # Progress is stopped before the answers go out: two tasks may not write to one stream.
         for answer in answers:
             await self._send(answer)
 
@@ -226,6 +245,8 @@ class _Client:
 
     async def _perform(self, operation: str, args: dict[str, Any]) -> list[dict[str, Any]]:
         try:
+            if _OPERATIONS[operation].streams:
+                args = {**args, "tell": self._tell}
             results = await _OPERATIONS[operation].call(self._node, args, self._report)
         except Exception as exc:
             failure = describe(exc)
@@ -233,6 +254,12 @@ class _Client:
                 log.error("control: %s failed", operation, exc_info=exc)
             return [{"error": failure.to_dict()}]
         return [*({"result": result} for result in results), {"done": True}]
+
+    async def _tell(self, result: Result) -> None:
+        try:
+            await self._send({"result": result})
+        except trio.BrokenResourceError:
+            await trio.sleep_forever()  # `_cancel_when_gone` is about to end the operation
 
     def _report(self, progress: Progress) -> None:
         self._latest = progress  # a single assignment, so any thread may report
@@ -253,7 +280,8 @@ class _Client:
         scope.cancel()
 
     async def _send(self, message: Mapping[str, Any]) -> None:
-        await self._stream.send_all(json.dumps(message, separators=(",", ":")).encode() + b"\n")
+        async with self._sending:
+            await self._stream.send_all(json.dumps(message, separators=(",", ":")).encode() + b"\n")
 
 
 def parse_request(line: bytes) -> tuple[str, dict[str, Any]]:
@@ -297,6 +325,10 @@ def _is_path(value: Any) -> bool:
     return _is_text(value) and value.startswith("/")
 
 
+def _is_url(value: Any) -> bool:
+    return _is_text(value) and "://" in value
+
+
 def _is_peers(value: Any) -> bool:
     return isinstance(value, list) and len(value) <= MAX_PEERS and all(map(_is_text, value))
 
@@ -309,16 +341,27 @@ _PATH = _Arg("an absolute path or null", lambda value: value is None or _is_path
 _SPEC = _Arg("an image id, link or name", _is_text)
 _NAME = _Arg("a text or null", lambda value: value is None or _is_text(value), None)
 _FLAG = _Arg("true or false", lambda value: isinstance(value, bool), False)
+_KEY_FILES = _Arg(
+    f"a list of at most {MAX_KEYS} absolute paths", lambda value: _are_texts(value) and all(map(_is_path, value)), []
+)
 
 
 @dataclass(frozen=True, slots=True)
 class _Operation:
+    """`streams`: it is given `tell` and gives results while it goes on; there may be many thousands."""
+
     call: Callable[[NodeAPI, dict[str, Any], Report], Awaitable[list[Result]]]
     args: Mapping[str, _Arg]
+    streams: bool = False
 
 
 async def _provide(node: NodeAPI, args: dict[str, Any], report: Report) -> list[Result]:
     return [await node.provide(**args, report=report)]
+
+
+async def _publish(node: NodeAPI, args: dict[str, Any], report: Report) -> list[Result]:
+    await node.publish(**args, report=report)
+    return []
 
 
 async def _fetch(node: NodeAPI, args: dict[str, Any], report: Report) -> list[Result]:
@@ -360,12 +403,22 @@ _OPERATIONS: dict[str, _Operation] = {
             "path": _Arg("an absolute path", _is_path),
             "kind": _NAME,
             "name": _NAME,
-            "sign_keys": _Arg(
-                f"a list of at most {MAX_KEYS} absolute paths",
-                lambda value: _are_texts(value) and all(map(_is_path, value)),
+            "sign_keys": _KEY_FILES,
+        },
+    ),
+    "publish": _Operation(
+        _publish,
+        {
+            "cache": _Arg("an absolute path or a URL", lambda value: _is_path(value) or _is_url(value)),
+            "paths": _Arg(
+                f"a list of at most {MAX_PATHS} store paths",
+                lambda value: isinstance(value, list) and len(value) <= MAX_PATHS and all(map(_is_text, value)),
                 [],
             ),
+            "name": _NAME,
+            "sign_keys": _KEY_FILES,
         },
+        streams=True,
     ),
     "fetch": _Operation(
         _fetch,

@@ -6,7 +6,7 @@ Blocking: embedded commands call these directly, the node calls them in worker t
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,6 +18,7 @@ from p2pnode.progress import Progress, Report
 if TYPE_CHECKING:
     from p2pnode.config import Config
     from p2pnode.images.importer import Imported
+    from p2pnode.images.publish import Outcome, Settings
     from p2pnode.store import Store
     from p2pnode.store.records import ImageRecord, Problem, StoreStatistics
 
@@ -139,6 +140,65 @@ def provide(
     )
     trio.run(keep_claims, store, imported.image, config.nix_store, keys)
     return provided(imported, link.format(imported.image.id, (), imported.name), time.monotonic() - began)
+
+
+def publish(
+    store: Store,
+    config: Config,
+    cache: str,
+    *,
+    paths: Sequence[str],
+    name: str | None,
+    report: Report,
+    tell: Callable[[Result], None],
+    sign_keys: Sequence[str] = (),
+) -> None:
+    """Import what a binary cache holds without serving it; `tell` gets the results of `Node.publish` as they come."""
+    import trio
+
+    from p2pnode.images import publish as publishing
+
+    async def told(outcome: publishing.Outcome) -> None:
+        result = published(outcome, ())
+        if result is not None:
+            tell(result)
+
+    async def run() -> None:
+        settings = publish_settings(config, name, sign_keys)
+        roots = [publishing.parse_root(path) for path in paths]
+        async with publishing.parse_cache(cache, roots, name) as opened:
+            await publishing.publish(store, opened, roots, settings, told, report)
+
+    trio.run(run)
+
+
+def publish_settings(config: Config, name: str | None, sign_keys: Sequence[str]) -> Settings:
+    """How a cache is published. Raises ConfigError for keys that cannot be read."""
+    from p2pnode.images.publish import Settings
+    from p2pnode.nix import trust_policy
+    from p2pnode.nix.registered import read_secret_keys
+    from protocols.manifest import FASTCDC, Chunking
+
+    chunking = Chunking.fixed(config.chunk_size) if config.chunk_size else FASTCDC
+    keys = read_secret_keys([*config.sign_keys, *sign_keys])
+    trust = trust_policy.of_fetch(config.require_signatures, config.trusted_public_keys, (), into_store=False)
+    return Settings(chunking, config.home / "store" / "spool", keys, trust, name)
+
+
+def published(outcome: Outcome, addrs: Sequence[str]) -> Result | None:
+    """A result of `cache publish`: an image as `provided` has it, or {"path", "error", "message", "exit_code"}, or
+    {"path", "warning"}; None for an image that only helps to make another one."""
+    from p2pnode.failures import describe
+    from p2pnode.images.publish import Failed, Warned
+
+    if isinstance(outcome, Failed):
+        return {"path": outcome.path, **describe(outcome.error).to_dict()}
+    if isinstance(outcome, Warned):
+        return {"path": str(outcome.path), "warning": outcome.message}
+    imported = outcome.imported
+    if not outcome.asked:
+        return None
+    return provided(imported, link.format(imported.image.id, addrs, imported.name), outcome.seconds)
 
 
 def provided(imported: Imported, link_text: str, seconds: float) -> Result:

@@ -13,7 +13,7 @@ import gc
 import logging
 import math
 import time
-from collections.abc import AsyncIterator, Callable, Iterable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
 from contextlib import asynccontextmanager, suppress
 from functools import partial
 from pathlib import Path
@@ -368,6 +368,38 @@ class Node:
         await self._exchange.tell(image.id)
         await self._announce_held(image)
         return local.provided(imported, link.format(image.id, self.addrs(), imported.name), time.monotonic() - began)
+
+    async def publish(
+        self,
+        cache: str,
+        *,
+        paths: Sequence[str],
+        name: str | None,
+        report: Report,
+        tell: Callable[[dict[str, Any]], Awaitable[None]],
+        sign_keys: Sequence[str] = (),
+    ) -> None:
+        """Import what a binary cache holds, or the closures of `paths` in it, and serve it.
+
+        `tell` gets each image as soon as it is being served, and each fault: `local.published`.
+        """
+        from p2pnode.images import publish as publishing  # httpx takes 0.1 s to import
+
+        settings = await trio.to_thread.run_sync(local.publish_settings, self._config, name, sign_keys)
+        roots = [publishing.parse_root(path) for path in paths]
+
+        async def told(outcome: publishing.Outcome) -> None:
+            if isinstance(outcome, publishing.Published) and outcome.new:
+                image = outcome.imported.image
+                self._exchange.here([chunk_key(digest) for digest in image.chunks])
+                await self._exchange.tell(image.id)
+                await self._announce_held(image)
+            result = local.published(outcome, self.addrs())
+            if result is not None:
+                await tell(result)
+
+        async with publishing.parse_cache(cache, roots, name) as opened:
+            await publishing.publish(self._store, opened, roots, settings, told, report)
 
     def _chunking(self) -> Chunking:
         return Chunking.fixed(self._config.chunk_size) if self._config.chunk_size else FASTCDC

@@ -39,6 +39,23 @@ class SmallNode:
         self.rows[path] = {"image": path, "kind": kind, "name": name}
         return self.rows[path]
 
+    async def publish(
+        self,
+        cache: str,
+        *,
+        paths: Sequence[str],
+        name: str | None,
+        report: Report,
+        tell: control.Tell,
+        sign_keys: Sequence[str] = (),
+    ) -> None:
+        async with trio.open_nursery() as nursery:
+            for number in range(100):
+                nursery.start_soon(tell, {"number": number, "cache": cache, "paths": paths})
+        await self.reported.wait()
+        if name == "bad":
+            raise NotFound("no such cache")
+
     async def fetch(
         self,
         spec: str,
@@ -143,6 +160,24 @@ async def test_results_and_progress(path: Path) -> None:
     assert not path.exists()
 
 
+async def test_results_that_come_while_the_operation_goes_on(path: Path) -> None:
+    def first_and_rest(node: SmallNode, name: str | None) -> list[dict[str, Any]]:
+        daemon = Daemon.connect(path)
+        assert daemon is not None
+        answers = daemon.call("publish", {"cache": "/srv/cache", "paths": ["x"], "name": name}, silent)
+        found = [next(answers) for _ in range(100)]
+        trio.from_thread.run_sync(node.reported.set)  # only now may it end
+        return found + list(answers)
+
+    async with serving(path) as node:
+        with trio.fail_after(10):
+            found = await trio.to_thread.run_sync(first_and_rest, node, None)
+        assert sorted(each["number"] for each in found) == list(range(100))
+        assert found[0]["cache"] == "/srv/cache" and found[0]["paths"] == ["x"]
+        with pytest.raises(CommandFailed, match="no such cache"):
+            await trio.to_thread.run_sync(first_and_rest, node, "bad")
+
+
 @pytest.mark.parametrize(
     ("spec", "error", "exit_code", "words"),
     [
@@ -204,6 +239,9 @@ async def test_a_daemon_that_ends_is_told(path: Path) -> None:
         b'{"op":"show","args":{"spec":7}}\n',
         b'{"op":"provide","args":{"path":"relative"}}\n',
         b'{"op":"provide","args":{"path":"/a\\u0000b"}}\n',
+        b'{"op":"publish","args":{"cache":"relative"}}\n',
+        b'{"op":"publish","args":{"cache":"/a","paths":[""]}}\n',
+        b'{"op":"publish","args":{"cache":"/a","tell":1}}\n',
         b'{"op":"fetch","args":{"spec":"x","timeout":true}}\n',
         b'{"op":"fetch","args":{"spec":"x","timeout":NaN}}\n',
         b'{"op":"fetch","args":{"spec":"x","peers":"/ip4"}}\n',

@@ -13,6 +13,7 @@ import click
 from p2pnode import __version__
 from p2pnode.cli import interrupts
 from p2pnode.cli.app import EXIT_BROKEN_PIPE, App, OutputClosed
+from p2pnode.cli.cache import cache
 from p2pnode.cli.doctor import doctor
 from p2pnode.cli.fetch import fetch
 from p2pnode.cli.images import images
@@ -55,7 +56,7 @@ def cli(app: App, home: str | None, as_json: bool, log_level: str | None, quiet:
     app.log_level = log_level
 
 
-for command in (run, provide, fetch, images, show, verify, rm, status, peers, doctor):
+for command in (run, provide, cache, fetch, images, show, verify, rm, status, peers, doctor):
     cli.add_command(command)
 
 
@@ -128,7 +129,9 @@ def _global_options(arguments: Sequence[str]) -> list[str]:
 
 def _command(exc: click.UsageError | click.ClickException) -> str:
     context = getattr(exc, "ctx", None)
-    return f"{context.info_name} " if context is not None and context.parent is not None else ""
+    if context is None or context.parent is None:
+        return ""
+    return f"{context.command_path.partition(' ')[2]} "  # `cache publish`
 
 
 def _close_stdout() -> None:

@@ -79,10 +79,10 @@ def provide(
             with display.progress(app.quiet) as report:
                 results = list(connection.call("provide", args, report))
             for result in results:
-                app.emit(result, _human)
+                app.emit(result, provided)
     elif no_serve:
         for result in _import_only(app, config, full_paths, kind, name, key_files):
-            app.emit(result, _human)
+            app.emit(result, provided)
     else:
         app.run_node(own_port(config), lambda node: _serve(app, node, full_paths, kind, name, key_files), serving=True)
 
@@ -95,7 +95,7 @@ async def _serve(
     for path in paths:
         with display.progress(app.quiet) as report:
             result = await node.provide(path, kind=kind, name=name, report=report, sign_keys=sign_keys)
-        app.emit(result, _human)
+        app.emit(result, provided)
     if not (app.as_json or app.quiet):
         click.echo("serving until Ctrl-C", err=True)
     await trio.sleep_forever()
@@ -117,6 +117,7 @@ def _import_only(
             yield result
 
 
-def _human(result: dict[str, Any]) -> str:
+def provided(result: dict[str, Any]) -> str:
+    """An image that is being served, for people: title and link."""
     title = f"{result['name']} ({result['kind']}, {text.size(result['bytes'])}, {result['chunks']} chunks)"
     return f"{text.safe(title)}\n{text.safe(result['link'])}"

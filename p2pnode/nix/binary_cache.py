@@ -201,7 +201,7 @@ class FileCache(BinaryCache):
 
     async def _get(self, name: str, limit: int) -> bytes | None:
         def read() -> bytes | None:
-            fd = self._descriptor(name)
+            fd = self.descriptor(name)
             if fd is None:
                 return None
             try:
@@ -217,7 +217,7 @@ class FileCache(BinaryCache):
 
     @asynccontextmanager
     async def _open(self, url: str) -> AsyncIterator[Receive]:
-        fd = await trio.to_thread.run_sync(self._descriptor, url)
+        fd = await trio.to_thread.run_sync(self.descriptor, url)
         if fd is None:
             raise CacheError(f"{self.url} has no file {url[:200]!r}")
         with open(fd, "rb", buffering=0) as file:
@@ -230,8 +230,12 @@ class FileCache(BinaryCache):
 
             yield receive
 
-    def _descriptor(self, name: str) -> int | None:
-        """A regular file below the directory; None if there is none of that name."""
+    def descriptor(self, name: str) -> int | None:
+        """A regular file below the directory, opened to be read; None if there is none of that name. Blocks.
+
+        Symlinks are followed: whoever can make them can write the file's contents as well, and what a cache says of
+        them is checked. Raises CacheError.
+        """
         parts = name.split("/")
         if "://" in name or not all(parts) or ".." in parts:
             raise CacheError(f"{self.url} names a file outside of it: {name[:200]!r}")

@@ -292,6 +292,17 @@ class Catalog:
     def sources(self, where: str = "1", *values: Any) -> list[Source]:
         return [_source(row) for row in self.query(f"SELECT {_SOURCE_COLUMNS} FROM sources s WHERE {where}", *values)]
 
+    def sources_of(self, digests: Iterable[bytes]) -> list[Source]:
+        """All sources that have a location of one of `digests`."""
+        found: dict[int, Source] = {}
+        wanted = list(digests)
+        for start in range(0, len(wanted), QUERY_DIGESTS):
+            batch = wanted[start : start + QUERY_DIGESTS]
+            marks = ",".join("?" * len(batch))
+            where = f"s.id IN (SELECT source FROM chunks WHERE digest IN ({marks}))"
+            found.update((source.id, source) for source in self.sources(where, *batch))
+        return list(found.values())
+
     def source_map(self, source: int) -> bytes | None:
         rows = self.query("SELECT map FROM sources WHERE id = ?", source)
         return rows[0][0] if rows else None

@@ -470,6 +470,21 @@ class Store:
         self._tell_lost(lost)
         return lost
 
+    def still_holds(self, digests: Iterable[bytes]) -> bool:
+        """Whether all of these chunks are here, after a look at the user's files and trees that hold them.
+
+        `held` goes by the catalog alone. What was removed or changed meanwhile is dropped, which is no problem to be
+        told of: whoever asks is about to read the contents again.
+        """
+        wanted = list(digests)
+        for source in self.catalog.sources_of(wanted):
+            if source.owned:
+                continue
+            gone = not os.path.lexists(source.path) if source.kind is SourceKind.NAR else changed(source, None)
+            if gone:
+                self.forget_source(source.id)
+        return all(self.held(wanted))
+
     def _add_tree(self, tree: Path, map: NarMap, obj: ImageObject) -> int:
         source = self.catalog.add_source(
             SourceKind.NAR, tree, owned=False, fingerprint=map.fingerprint, map=map.to_bytes()

@@ -1,0 +1,124 @@
+"""`p2pnode cache publish` as a process, without a network."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import signal
+from pathlib import Path
+
+import pytest
+
+from p2pnode.nix.signatures import SecretKey
+from tests.cli.conftest import CLI
+from tests.images.test_publish import Cache
+
+
+@pytest.fixture
+def cache(tmp_path: Path) -> Cache:
+    return Cache(tmp_path / "cache")
+
+
+def test_help(cli: CLI) -> None:
+    for command in (("cache", "--help"), ("cache", "publish", "--help")):
+        done = cli(*command)
+        assert done.returncode == 0
+        assert "Examples:" in done.stdout and "p2pnode cache publish" in done.stdout
+
+
+def test_a_directory(cli: CLI, cache: Cache, tmp_path: Path) -> None:
+    lib = cache.add("lib", 300_000)
+    tool = cache.add("tool", 1000, (lib.info.path,), "xz")
+    done = cli("--json", "cache", "publish", "--no-serve", cache.directory)
+    rows = [json.loads(line) for line in done.stdout.splitlines()]
+    assert (done.returncode, done.stderr) == (0, "")
+    keys = {"image", "link", "kind", "name", "bytes", "new_bytes", "chunks", "seconds"}
+    assert all(row.keys() == keys and row["kind"] == "store-path" for row in rows)
+    assert {row["name"]: row["bytes"] for row in rows} == {
+        "lib": lib.info.nar_size,
+        "tool": tool.info.nar_size,
+    }
+    for row in rows:
+        assert cli.json("verify", row["image"])["ok"] is True
+
+    human = cli("cache", "publish", "--no-serve", f"file://{cache.directory}")
+    assert human.stdout.startswith("2 store paths published") and human.stderr == ""
+
+    (tmp_path / "key").write_text(str(SecretKey.generate("own-1")))
+    closure = cli.json(
+        *("cache", "publish", "--no-serve", "--name", "web", "--sign-key", tmp_path / "key"),
+        *("--path", tool.info.path, cache.directory),
+    )
+    assert (closure["kind"], closure["name"]) == ("closure", "web")
+    assert closure["bytes"] == lib.info.nar_size + tool.info.nar_size
+    human = cli("cache", "publish", "--no-serve", "--path", tool.info.path.digest, cache.directory)
+    assert human.stdout.splitlines()[1].startswith(f"p2pnode:{closure['image']}")
+
+
+@pytest.mark.parametrize("as_json", [False, True])
+def test_bad_paths(cli: CLI, cache: Cache, as_json: bool) -> None:
+    bad, forged = cache.add("bad", 1000), cache.add("forged", 1000)
+    cache.add("good", 1000)
+    cache.nar(bad).unlink()
+    key = SecretKey.generate("own-1")
+    wrong = dataclasses.replace(key.sign(forged.info), value=bytes(64))
+    cache.write(dataclasses.replace(forged, signatures=(wrong,)))
+    command = ["cache", "publish", "--no-serve", str(cache.directory)]
+    lax = {"P2PNODE_TRUSTED_PUBLIC_KEYS": str(key.public_key()), "P2PNODE_REQUIRE_SIGNATURES": "off"}
+    done = cli(*["--json"][:as_json], *command, **lax)
+    assert done.returncode == 4
+    if as_json:
+        rows = [json.loads(line) for line in done.stdout.splitlines()]
+        (failure,) = [row for row in rows if "error" in row]
+        assert failure.keys() == {"path", "error", "message", "exit_code"}
+        assert (failure["error"], failure["exit_code"]) == ("VerificationFailed", 4)
+        assert bad.info.path.digest in failure["path"]
+        (warning,) = [row for row in rows if "warning" in row]
+        assert warning["path"] == str(forged.info.path) and "own-1" in warning["warning"]
+        assert {row["name"] for row in rows if "image" in row} == {"good", "forged"}
+    else:
+        lines = done.stderr.splitlines()
+        assert len(lines) == 2 and all(line.startswith("p2pnode: ") for line in lines)
+        assert "2 store paths published" in done.stdout and "1 could not be" in done.stdout
+    strict = {"P2PNODE_TRUSTED_PUBLIC_KEYS": str(key.public_key()), "P2PNODE_REQUIRE_SIGNATURES": "always"}
+    done = cli(*["--json"][:as_json], *command, **strict)
+    assert done.returncode == 7  # of all faults the gravest
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["https://cache.example.org"], "--path"),
+        (["ftp://cache.example.org", "--path", "0" * 32], "is not the URL of a binary cache"),
+        (["/nowhere"], "is not a directory"),
+        (["/etc"], "nix-cache-info"),
+        (["/etc", "--path", "glibc"], "neither a store path nor"),
+        (["/etc", "--path", "./result"], "nor a link to one"),
+        (["/etc", "--name", "web"], "--path"),
+        (["/etc", "--sign-key", "/nowhere"], "signing key"),
+        ([], "cache publish --help"),
+    ],
+)
+def test_mistakes(cli: CLI, arguments: list[str], words: str) -> None:
+    done = cli("--json", "cache", "publish", *arguments)
+    failure = json.loads(done.stdout)
+    assert done.returncode == failure["exit_code"] == 2
+    assert words in failure["message"]
+
+
+def test_serving_until_told_to_stop(cli: CLI, cache: Cache) -> None:
+    bad, good = cache.add("bad", 1000), cache.add("good", 300_000)
+    cache.nar(bad).unlink()
+    process = cli.start("--json", "cache", "publish", cache.directory)
+    assert process.stdout is not None
+    rows = [json.loads(process.stdout.readline()) for _ in range(2)]
+    (served,) = [row for row in rows if "image" in row]
+    assert served["name"] == "good" and "?peer=" in served["link"]
+    # Other commands on this home go through the node meanwhile.
+    done = cli("--json", "cache", "publish", "--path", good.info.path, cache.directory)
+    assert (done.returncode, json.loads(done.stdout)["kind"]) == (0, "closure")
+    done = cli("--json", "cache", "publish", cache.directory)
+    assert done.returncode == 4 and len(done.stdout.splitlines()) == 2
+    os.kill(process.pid, signal.SIGTERM)
+    assert process.wait(20) == 4
