@@ -427,6 +427,16 @@ def with_file(change: Callable[[bytes], bytes], *, told: bool = False) -> Spoil:
     return spoil
 
 
+def outside(url: str) -> Spoil:
+    """The right NAR, but not within the cache: it is the user's business what else lies on his disk."""
+
+    def spoil(cache: Cache, narinfo: NarInfo) -> None:
+        cache.nar(narinfo).rename(cache.directory.parent / "x.nar")
+        cache.write(dataclasses.replace(narinfo, url=url.format(parent=cache.directory.parent)))
+
+    return spoil
+
+
 def huge(cache: Cache, narinfo: NarInfo) -> None:
     with cache.narinfo(narinfo).open("ab") as file:
         file.truncate(1 << 30)
@@ -473,8 +483,10 @@ SPOILED: dict[str, Spoil] = {
     "larger size": with_size(lambda size: size + 8),
     "enormous size": with_size(lambda size: 1 << 60),
     "traversal": rewritten(url="../../etc/passwd"),
-    "traversal inside": rewritten(url="nar/../../x.nar"),
+    "traversal to what is right": outside("nar/../../x.nar"),
     "absolute path": rewritten(url="/etc/passwd"),
+    "absolute path of what is right": outside("{parent}/x.nar"),
+    "scheme of what is right": outside("file://{parent}/x.nar"),
     "another server": rewritten(url="http://127.0.0.1:9/nar/x.nar"),
     "another scheme": rewritten(url="file:///etc/passwd"),
     "not there": rewritten(url="nar/x.nar"),
