@@ -15,6 +15,7 @@ from typing import Any
 from protocols import dagcbor
 from protocols.cid import CID, Codec
 from protocols.errors import FrameError, ProtocolError
+from protocols.framing import frame
 from protocols.manifest import MAX_OBJECTS
 
 PROTOCOL = "/p2pnode/narinfo/1"
@@ -24,7 +25,6 @@ MAX_KEYS = 16
 MAX_TEXT = 1 << 16  # of one narinfo in an answer: room for 1,000 references
 MAX_REQUEST = 1024
 MAX_ANSWER = MAX_KEYS * (MAX_TEXT + 256)
-PREFIX = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,13 +48,13 @@ def nar_key(nar_hash: bytes) -> bytes:
 
 def encode_request(keys: Sequence[bytes]) -> bytes:
     """A frame that asks for hash parts (20 bytes) and NAR hashes (32 bytes)."""
-    return _frame({"keys": list(keys)})
+    return frame({"keys": list(keys)})
 
 
 def encode_answer(found: Sequence[Found | None]) -> bytes:
     """The frame that answers a request, one entry for each of its keys, in order."""
     entries = [None if each is None else [each.narinfo, each.image, each.number] for each in found]
-    return _frame({"found": entries})
+    return frame({"found": entries})
 
 
 def decode_request(body: bytes) -> tuple[bytes, ...]:
@@ -72,19 +72,6 @@ def decode_answer(body: bytes, count: int) -> tuple[Found | None, ...]:
     if len(entries) != count:
         raise FrameError(f"{count} paths were asked for, and {len(entries)} answers came")
     return tuple(None if entry is None else _found(entry) for entry in entries)
-
-
-def frame_length(prefix: bytes, limit: int) -> int:
-    """Bytes of the body behind a frame's 4-byte prefix. Raises FrameError above `limit`."""
-    length = int.from_bytes(prefix, "big")
-    if not 0 < length <= limit:
-        raise FrameError(f"a frame of {length} bytes, where at most {limit} can be")
-    return length
-
-
-def _frame(value: dict[str, Any]) -> bytes:
-    body = dagcbor.encode(value)
-    return len(body).to_bytes(PREFIX, "big") + body
 
 
 def _list(body: bytes, name: str, limit: int) -> list[Any]:

@@ -15,7 +15,8 @@ import trio
 
 from p2pnode.errors import NodeError, RemoteError, StreamClosed
 from p2pnode.gateway.records import PathRecords, narinfo_of
-from p2pnode.net.transport import Stream, Transport, receive_exactly
+from p2pnode.net.frames import receive_frame
+from p2pnode.net.transport import Stream, Transport
 from protocols.errors import ProtocolError
 from protocols.narinfo import (
     MAX_ANSWER,
@@ -23,14 +24,12 @@ from protocols.narinfo import (
     MAX_REQUEST,
     MAX_TEXT,
     PART_SIZE,
-    PREFIX,
     PROTOCOL,
     Found,
     decode_answer,
     decode_request,
     encode_answer,
     encode_request,
-    frame_length,
 )
 
 log = logging.getLogger(__name__)
@@ -43,15 +42,6 @@ MUTE_SECONDS = 60.0  # a peer that does not speak the protocol, or answers nonse
 MAX_STREAMS_PER_PEER = 4
 MAX_STREAMS = 512
 MAX_MUTE = 1024
-
-
-async def receive_frame(stream: Stream, limit: int) -> bytes | None:
-    """The body of the next frame; None at the end of the stream. Raises FrameError, StreamClosed."""
-    begin = await stream.receive_some(PREFIX)
-    if not begin:
-        return None
-    prefix = begin + await receive_exactly(stream, PREFIX - len(begin))
-    return await receive_exactly(stream, frame_length(prefix, limit))
 
 
 class NarinfoServer:

@@ -10,9 +10,9 @@ import pytest
 import trio
 
 from p2pnode.errors import StreamClosed
-from p2pnode.gateway.peers import receive_frame
 from p2pnode.gateway.records import narinfo_of, part_of
 from p2pnode.images.objects import ImportRun
+from p2pnode.net.frames import receive_frame
 from p2pnode.net.transport import Stream
 from p2pnode.progress import silent
 from p2pnode.store.records import Origin

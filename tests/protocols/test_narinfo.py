@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from protocols import dagcbor
 from protocols.cid import CID, Codec
 from protocols.errors import FrameError
+from protocols.framing import frame_length
 from protocols.narinfo import (
     MAX_ANSWER,
     MAX_REQUEST,
@@ -18,7 +19,6 @@ from protocols.narinfo import (
     decode_request,
     encode_answer,
     encode_request,
-    frame_length,
     nar_key,
     provider_key,
 )
