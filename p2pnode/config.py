@@ -71,6 +71,8 @@ class Config:
     gateway_priority: int = 30  # among Nix's substituters, the lowest first; cache.nixos.org has 40
     gateway_compression: str = "none"  # of the NARs that Nix gets; zstd for a gateway that serves a slow network
     gateway_ipfs_cid: bool = False  # name the root of a NAR's DAG in its narinfo
+    publish: bool = False  # tell whoever asks which images this node provides
+    mirror_interval: int = 300  # seconds from the end of one look at what is mirrored to the next
     log_level: str = "warning"
     announce_rate: int = 1 << 20  # bytes per second of announcements to one peer
     given: frozenset[str] = frozenset()  # the keys that some source set, as opposed to left at the default
@@ -301,6 +303,8 @@ _KEYS: dict[str, _Key] = {
     "gateway_priority": _Key(int, _integer(0, 10_000, "steps")),
     "gateway_compression": _Key(str, _one_of(("none", "zstd"))),
     "gateway_ipfs_cid": _Key(bool, _boolean),
+    "publish": _Key(bool, _boolean),
+    "mirror_interval": _Key(int, _integer(1, 366 * 86400, "seconds")),
     "log_level": _Key(str, _one_of(LOG_LEVELS)),
     "announce_rate": _Key(int, _integer(1 << 10, 1 << 30, "bytes per second")),
 }

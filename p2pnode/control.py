@@ -107,6 +107,25 @@ class NodeAPI(Protocol):
         "present", "path"}, counting store paths.
         """
 
+    async def mirror(self, things: Sequence[str], *, timeout: float, report: Report) -> list[Result]:
+        """Keep complete, pinned copies of images (links, ids) and of all that publishers (peer ids, addresses) list.
+
+        Per image the result of `fetch` with "mirror" and "pinned", or {"mirror", "image", "error", "message",
+        "exit_code"}, without "image" if it is not about one.
+        """
+
+    async def mirrors(self) -> list[Result]:
+        """What is mirrored, as `local.mirrors` gives it."""
+
+    async def stop_mirror(self, thing: str) -> Result:
+        """Mirror one thing no longer: what `mirrors` said of it."""
+
+    async def pin(self, spec: str) -> Result:
+        """Let an image be kept: {"image", "name", "pinned"}."""
+
+    async def unpin(self, spec: str) -> Result:
+        """Undo `pin`."""
+
     async def images(self) -> list[Result]:
         """Every image known here, as `local.images` gives them."""
 
@@ -344,6 +363,11 @@ _FLAG = _Arg("true or false", lambda value: isinstance(value, bool), False)
 _KEY_FILES = _Arg(
     f"a list of at most {MAX_KEYS} absolute paths", lambda value: _are_texts(value) and all(map(_is_path, value)), []
 )
+_TIMEOUT = _Arg(
+    "a positive number of seconds",
+    lambda value: isinstance(value, int | float) and not isinstance(value, bool) and 0 < value <= MAX_TIMEOUT,
+    DEFAULT_TIMEOUT,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -366,6 +390,26 @@ async def _publish(node: NodeAPI, args: dict[str, Any], report: Report) -> list[
 
 async def _fetch(node: NodeAPI, args: dict[str, Any], report: Report) -> list[Result]:
     return [await node.fetch(**args, report=report)]
+
+
+async def _mirror(node: NodeAPI, args: dict[str, Any], report: Report) -> list[Result]:
+    return await node.mirror(args["things"], timeout=args["timeout"], report=report)
+
+
+async def _mirrors(node: NodeAPI, args: dict[str, Any], report: Report) -> list[Result]:
+    return await node.mirrors()
+
+
+async def _stop_mirror(node: NodeAPI, args: dict[str, Any], report: Report) -> list[Result]:
+    return [await node.stop_mirror(args["thing"])]
+
+
+async def _pin(node: NodeAPI, args: dict[str, Any], report: Report) -> list[Result]:
+    return [await node.pin(args["spec"])]
+
+
+async def _unpin(node: NodeAPI, args: dict[str, Any], report: Report) -> list[Result]:
+    return [await node.unpin(args["spec"])]
 
 
 async def _images(node: NodeAPI, args: dict[str, Any], report: Report) -> list[Result]:
@@ -436,16 +480,17 @@ _OPERATIONS: dict[str, _Operation] = {
             "trusted_keys": _Arg(f"a list of at most {MAX_KEYS} public keys", _are_texts, []),
             "force": _FLAG,
             "keep_chunks": _FLAG,
-            "timeout": _Arg(
-                "a positive number of seconds",
-                lambda value: (
-                    isinstance(value, int | float) and not isinstance(value, bool) and 0 < value <= MAX_TIMEOUT
-                ),
-                DEFAULT_TIMEOUT,
-            ),
+            "timeout": _TIMEOUT,
             "peers": _Arg(f"a list of at most {MAX_PEERS} multiaddresses", _is_peers, []),
         },
     ),
+    "mirror": _Operation(
+        _mirror, {"things": _Arg(f"a list of at most {MAX_KEYS} texts", _are_texts), "timeout": _TIMEOUT}
+    ),
+    "mirrors": _Operation(_mirrors, {}),
+    "stop_mirror": _Operation(_stop_mirror, {"thing": _Arg("a text", _is_text)}),
+    "pin": _Operation(_pin, {"spec": _SPEC}),
+    "unpin": _Operation(_unpin, {"spec": _SPEC}),
     "images": _Operation(_images, {}),
     "show": _Operation(_show, {"spec": _SPEC}),
     "verify": _Operation(_verify, {"spec": _SPEC}),

@@ -66,6 +66,10 @@ class NotFound(NodeError):
     exit_code = EXIT_NOT_FOUND
 
 
+class NotPublishing(NotFound):
+    """A peer does not tell which images it publishes."""
+
+
 class StoreError(NodeError):
     """The store on disk failed."""
 

@@ -62,6 +62,39 @@ def parse(text: str) -> Link:
     return Link(image, tuple(peers), name)
 
 
+@dataclass(frozen=True, slots=True)
+class Publisher:
+    """A node, of which all that it publishes is meant. `addrs` are multiaddresses ending in /p2p/<peer>."""
+
+    peer: str
+    addrs: tuple[str, ...] = ()
+
+
+def parse_thing(text: str) -> Link | Publisher:
+    """What can be mirrored: a link, an image id, a peer id, or a multiaddress with /p2p/<peer id>.
+
+    Raises `UsageError`.
+    """
+    text = text.strip()
+    if text.startswith("/"):
+        address = addresses.parse(text)
+        if address.peer is None:
+            raise UsageError(f"the address {_brief(text)} does not end in /p2p/<peer id>, so no publisher is named")
+        return Publisher(address.peer, (str(address),))
+    if text.startswith(SCHEME):
+        return parse(text)
+    try:
+        return Publisher(addresses.check_peer_id(text))
+    except UsageError:
+        pass
+    try:
+        return Link(parse_image_id(text))
+    except UsageError as exc:
+        raise UsageError(
+            f"{_brief(text)} is no link, image id, peer id or address with /p2p/<peer id> ({exc})"
+        ) from None
+
+
 def format(image: CID, peers: Sequence[str] = (), name: str | None = None) -> str:
     """The text of a link. `parse` gives the same image, peers (the first 32) and, if it was clean, name back."""
     parts = [f"peer={quote(peer, safe='/:.')}" for peer in list(dict.fromkeys(peers))[:MAX_PEERS]]

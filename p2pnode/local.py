@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from p2pnode.images.importer import Imported
     from p2pnode.images.publish import Outcome, Settings
     from p2pnode.store import Store
+    from p2pnode.store.mirrors import Mirror, Mirrored
     from p2pnode.store.records import ImageRecord, Problem, StoreStatistics
 
 MAX_BAD_NAMED = 3  # damaged objects that an error message names
@@ -85,12 +86,107 @@ def remove(store: Store, spec: str) -> tuple[Result, list[bytes]]:
     """Forget an image; the user's own files stay.
 
     Returns {"image", "name", "chunks" (no longer held), "freed_bytes"} and those chunks' digests, to be withdrawn.
+    Raises `UsageError` for one that is pinned.
     """
     record = find(store, spec)
+    if record.pinned:
+        _refuse_mirrored(store, record)
+        raise UsageError(f"image {record.name or record.id} is pinned; `p2pnode unpin {record.id}` lets it go")
     before = store.stats().owned_bytes
     gone = store.remove_image(record.id)
     freed = max(0, before - store.stats().owned_bytes)
     return {"image": str(record.id), "name": record.name, "chunks": len(gone), "freed_bytes": freed}, gone
+
+
+def pin(store: Store, spec: str, *, pinned: bool) -> Result:
+    """Let an image be kept until it is unpinned: {"image", "name", "pinned"}.
+
+    What is mirrored cannot be unpinned while it is; UsageError says how to end that.
+    """
+    from p2pnode.store.mirrors import Mirrors
+    from p2pnode.store.records import Pin
+
+    record = find(store, spec)
+    if not pinned:
+        _refuse_mirrored(store, record)
+        Mirrors(store).release(record.id)
+    store.pin(record.id, Pin.USER, pinned)
+    return {"image": str(record.id), "name": record.name, "pinned": pinned}
+
+
+def _refuse_mirrored(store: Store, record: ImageRecord) -> None:
+    from p2pnode.store.mirrors import Mirrors
+
+    things = Mirrors(store).wanted_by(record.id, listed=True)
+    if things:
+        raise UsageError(
+            f"image {record.name or record.id} is pinned because it is mirrored; `p2pnode mirror --stop {things[0]}` "
+            "ends that"
+        )
+
+
+def mirrors(store: Store) -> list[Result]:
+    """What is mirrored: {"mirror" (image id or peer id), "kind": "image" or "publisher", "name", "complete", "bytes",
+    "held_bytes", "added", "looked" (end of the last look, or null), "problem", "images": [{"image", "name", "bytes",
+    "held_bytes", "complete", "pinned", "listed", "problem"}]}. Times since 1970."""
+    from p2pnode.store.mirrors import Mirrors
+
+    listed = Mirrors(store)
+    return [_mirror(each, listed.images(each.thing)) for each in listed.all()]
+
+
+def stop_mirror(store: Store, text: str) -> Result:
+    """Mirror a thing no longer; its images stay, and can be removed: the row it had in `mirrors`. Raises `NotFound`."""
+    from p2pnode.store.mirrors import Mirrors
+
+    listed = Mirrors(store)
+    mirror = find_mirror(store, text)
+    row = _mirror(mirror, listed.images(mirror.thing))
+    listed.stop(mirror.thing)
+    return row
+
+
+def find_mirror(store: Store, text: str) -> Mirror:
+    """The one thing that is mirrored and meant by `text`: as it was given, by id, by part of that, or by name."""
+    from p2pnode.store.mirrors import Mirrors
+
+    text = text.strip()
+    if text.startswith((link.SCHEME, "/")):
+        thing = link.parse_thing(text)
+        text = str(thing.image) if isinstance(thing, link.Link) else thing.peer
+    found = Mirrors(store).find(text)
+    if found is None:
+        raise NotFound(f"{text!r} is not mirrored; `p2pnode mirror` lists what is")
+    return found
+
+
+def _mirror(mirror: Mirror, images: list[Mirrored]) -> Result:
+    held = [(each, each.record.held_bytes if each.record is not None else 0) for each in images]
+    looked_well = mirror.looked is not None and mirror.problem is None
+    return {
+        "mirror": mirror.thing,
+        "kind": "publisher" if mirror.image is None else "image",
+        "name": mirror.name or (images[0].record.name if mirror.image and images and images[0].record else None),
+        "complete": all(each.complete for each in images) and (looked_well or bool(images)),
+        "bytes": sum(each.size for each in images),
+        "held_bytes": sum(size for _, size in held),
+        "added": mirror.added,
+        "looked": mirror.looked,
+        "problem": mirror.problem,
+        "images": [
+            {
+                "image": str(each.image),
+                "name": each.name or (each.record.name if each.record is not None else None),
+                "bytes": each.size,
+                "held_bytes": size,
+                "complete": each.complete,
+                "pinned": each.record is not None and each.record.pinned,
+                "listed": each.listed,
+                "problem": each.problem,
+            }
+            for each, size in held
+        ],
+    }
 
 
 def find(store: Store, spec: str) -> ImageRecord:

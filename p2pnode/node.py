@@ -23,7 +23,7 @@ import trio
 
 from p2pnode import __version__, home, link, local
 from p2pnode.config import Config
-from p2pnode.errors import NodeError, RemoteError, StoreError, UsageError
+from p2pnode.errors import NodeError, PeerUnreachable, RemoteError, StoreError, UsageError
 from p2pnode.gateway.peers import NarinfoServer
 from p2pnode.gateway.records import PathRecords, hash_parts
 from p2pnode.images.chunker import check_cancelled
@@ -37,11 +37,15 @@ from p2pnode.nix import trust_policy
 from p2pnode.nix.registered import read_secret_keys
 from p2pnode.progress import Progress, Report, silent
 from p2pnode.store import Store
+from p2pnode.store.records import Pin
 from p2pnode.swarm.delivery import IntoStore, ToCache
 from p2pnode.swarm.exchange import Exchange
 from p2pnode.swarm.fetcher import Fetched, Fetcher, FetchOptions
 from p2pnode.swarm.holdings import chunk_key
+from p2pnode.swarm.mirroring import Mirroring
+from p2pnode.swarm.publishing import CatalogServer
 from p2pnode.threads import in_thread
+from protocols.catalog import publisher_key
 from protocols.cid import CID, Codec
 from protocols.manifest import FASTCDC, Chunking, Image, ImageObject, Kind
 from protocols.narinfo import nar_key, provider_key
@@ -73,6 +77,7 @@ class Node:
         self._exchange = exchange
         self._fetcher = Fetcher(store, exchange, self._discover, self._announce)
         self._records = PathRecords(store)
+        self._mirroring = Mirroring(store, self._keep, network, self._reach)
         self._gateway: Gateway | None = None
         self._running: dict[CID, trio.Lock] = {}
         self._read_later, self._unread = trio.open_memory_channel[CID](math.inf)
@@ -117,6 +122,7 @@ class Node:
             exchange = Exchange(network, store, finder, agent=AGENT, keys=known)
             node = cls(config, store, network, router, exchange)
             NarinfoServer(network, node._records)
+            CatalogServer(network, store, publish=config.publish)
             await nursery.start(exchange.run)
             await nursery.start(router.run)
             token = trio.lowlevel.current_trio_token()
@@ -289,6 +295,8 @@ class Node:
                 if not announced:
                     await trio.to_thread.run_sync(self._store.forget_vanished)
                     await self._announce_all()
+                    if self._config.publish:
+                        self._router.provide([publisher_key(self.peer_id)])
                     announced = True
                 else:
                     await self._survey()
@@ -439,36 +447,76 @@ class Node:
         trust = await trio.to_thread.run_sync(
             partial(trust_policy.of_fetch, policy, ours, trusted_keys, into_store=into_store)
         )
-        lock = self._running.setdefault(wanted.image, trio.Lock())
-        try:
-            async with lock, trio.open_nursery() as nursery:
-                nursery.start_soon(self._join_all, _by_peer([*wanted.peers, *peers]))
-                options = FetchOptions(
-                    None if out is None else Path(out), force, keep_chunks, wanted.name, timeout, to, trust
-                )
-                fetched = await self._fetcher.fetch(wanted.image, options, report)
-                nursery.cancel_scope.cancel()
-        finally:
-            if not lock.locked() and self._running.get(wanted.image) is lock:
-                del self._running[wanted.image]
+        async with self._fetching(wanted.image), trio.open_nursery() as nursery:
+            nursery.start_soon(self._join_all, _by_peer([*wanted.peers, *peers]))
+            options = FetchOptions(
+                None if out is None else Path(out), force, keep_chunks, wanted.name, timeout, to, trust
+            )
+            fetched = await self._fetcher.fetch(wanted.image, options, report)
+            nursery.cancel_scope.cancel()
         await self._announce_held(fetched.image)
         record = await trio.to_thread.run_sync(self._store.record, fetched.image.id)
         if record is not None and not record.complete and record.held_chunks == record.chunks:
             self._read_later.send_nowait(record.id)
-        return {
-            "image": str(fetched.image.id),
-            "kind": str(fetched.image.kind),
-            "path": None if fetched.path is None else str(fetched.path),
-            "bytes": fetched.image.size,
-            "received_bytes": fetched.received_bytes,
-            "duplicate_bytes": fetched.duplicate_bytes,
-            "from": fetched.sources,
-            "banned": sorted(fetched.banned),
-            "relayed_bytes": sum(fetched.relayed.values()),
-            "connections": _paths(fetched),
-            "seconds": round(fetched.seconds, 3),
-            **fetched.delivered,
-        }
+        return _result(fetched)
+
+    async def mirror(self, things: Sequence[str], *, timeout: float, report: Report) -> list[dict[str, Any]]:
+        """Mirror images and publishers from now on: `swarm.mirroring.Mirroring.mirror`."""
+        return await self._mirroring.mirror(things, timeout=timeout, report=report)
+
+    async def mirrors(self) -> list[dict[str, Any]]:
+        return await trio.to_thread.run_sync(local.mirrors, self._store)
+
+    async def stop_mirror(self, thing: str) -> dict[str, Any]:
+        mirror = await trio.to_thread.run_sync(local.find_mirror, self._store, thing)
+        self._mirroring.stop(mirror.thing)
+        return await trio.to_thread.run_sync(local.stop_mirror, self._store, mirror.thing)
+
+    async def keep_mirrors(self) -> None:
+        """What a daemon does all its life: look again and again at everything that is mirrored. Never returns."""
+        await self._mirroring.run(self._config.mirror_interval)
+
+    async def _keep(self, wanted: link.Link, *, timeout: float, hear: bool, report: Report) -> dict[str, Any]:
+        """For `Mirroring`: an image that is here completely is not read again, only pinned."""
+        ours = self._config.trusted_public_keys
+        policy = self._config.require_signatures
+        trust = await trio.to_thread.run_sync(partial(trust_policy.of_fetch, policy, ours, (), into_store=False))
+        options = FetchOptions(name=wanted.name, timeout=timeout, trust=trust, mirror=True)
+        async with self._fetching(wanted.image):
+            image = await self._fetcher.whole(wanted.image)
+            if image is not None:
+                await trio.to_thread.run_sync(self._store.pin, image.id, Pin.MIRROR)
+            if image is not None and not hear:
+                return _result(Fetched.nothing(image))
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(self._join_all, _by_peer(wanted.peers))
+                if image is None:
+                    fetched = await self._fetcher.fetch(wanted.image, options, report)
+                else:
+                    await self._fetcher.hear(image)
+                    fetched = Fetched.nothing(image)
+                nursery.cancel_scope.cancel()
+        if image is None:
+            await self._announce_held(fetched.image)
+        return _result(fetched)
+
+    async def _reach(self, peer: str, addrs: Sequence[str]) -> None:
+        """Be connected to a publisher, found by its id alone if need be. Raises RemoteError."""
+        try:
+            await self._network.connect(peer, addrs)
+        except PeerUnreachable:
+            await self._connected_once()
+            key = publisher_key(peer)
+            found = {each.peer: each.addrs for each in (await self._router.find([key])).get(key, ())}
+            if not found.get(peer):
+                raise
+            await self._network.connect(peer, found[peer])
+
+    async def pin(self, spec: str) -> dict[str, Any]:
+        return await trio.to_thread.run_sync(partial(local.pin, self._store, spec, pinned=True))
+
+    async def unpin(self, spec: str) -> dict[str, Any]:
+        return await trio.to_thread.run_sync(partial(local.pin, self._store, spec, pinned=False))
 
     async def images(self) -> list[dict[str, Any]]:
         return await trio.to_thread.run_sync(local.images, self._store)
@@ -590,6 +638,24 @@ def _nat_settings(config: Config) -> Any:
         punch=config.hole_punching,
         upnp=config.upnp,
     )
+
+
+def _result(fetched: Fetched) -> dict[str, Any]:
+    """See DESIGN 6."""
+    return {
+        "image": str(fetched.image.id),
+        "kind": str(fetched.image.kind),
+        "path": None if fetched.path is None else str(fetched.path),
+        "bytes": fetched.image.size,
+        "received_bytes": fetched.received_bytes,
+        "duplicate_bytes": fetched.duplicate_bytes,
+        "from": fetched.sources,
+        "banned": sorted(fetched.banned),
+        "relayed_bytes": sum(fetched.relayed.values()),
+        "connections": _paths(fetched),
+        "seconds": round(fetched.seconds, 3),
+        **fetched.delivered,
+    }
 
 
 def _paths(fetched: Fetched) -> dict[str, dict[str, Any]]:

@@ -17,7 +17,9 @@ from p2pnode.cli.cache import cache
 from p2pnode.cli.doctor import doctor
 from p2pnode.cli.fetch import fetch
 from p2pnode.cli.images import images
+from p2pnode.cli.mirror import mirror
 from p2pnode.cli.peers import peers
+from p2pnode.cli.pin import pin, unpin
 from p2pnode.cli.provide import provide
 from p2pnode.cli.rm import rm
 from p2pnode.cli.run import run
@@ -56,7 +58,7 @@ def cli(app: App, home: str | None, as_json: bool, log_level: str | None, quiet:
     app.log_level = log_level
 
 
-for command in (run, provide, cache, fetch, images, show, verify, rm, status, peers, doctor):
+for command in (run, provide, cache, fetch, mirror, images, show, verify, pin, unpin, rm, status, peers, doctor):
     cli.add_command(command)
 
 

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 @click.option("--gateway", metavar="HOST:PORT", help="Be a binary cache for Nix there, fed by the swarm.")
 @click.option("--upstream", multiple=True, metavar="URL", help="Binary cache that the gateway asks too. Repeatable.")
 @click.option("--ipfs-cid", is_flag=True, help="Name the root of a NAR's blocks in its narinfo, for IPLD tools.")
+@click.option("--publish", is_flag=True, help="Tell whoever asks which images this node provides, for mirrors.")
 @pass_app
 def run(
     app: App,
@@ -31,10 +32,12 @@ def run(
     gateway: str | None,
     upstream: tuple[str, ...],
     ipfs_cid: bool,
+    publish: bool,
 ) -> None:
     """Run the node of this machine until it is stopped (Ctrl-C or SIGTERM).
 
-    It serves all images it holds. While it runs, the other commands on the same home go through it.
+    It serves all images it holds, and keeps what it mirrors complete. While it runs, the other commands on the same
+    home go through it.
 
     \b
     Examples:
@@ -51,17 +54,16 @@ def run(
         gateway=gateway,
         gateway_upstreams=upstream or None,
         gateway_ipfs_cid=ipfs_cid or None,
+        publish=publish or None,
     )
     if app.daemon(config) is not None:
         raise HomeLocked(f"a node is running on {config.home} already; `p2pnode status` shows it")
 
     async def serve(node: Node) -> None:
-        import trio
-
         gateway = {"gateway": node.gateway_urls()} if node.gateway_urls() else {}
         app.emit({"peer_id": node.peer_id, "addrs": node.addrs(), **gateway}, _human)
         tell_ready()
-        await trio.sleep_forever()
+        await node.keep_mirrors()
 
     app.run_node(config, serve, serving=True)
 

@@ -38,6 +38,7 @@ def _human(row: dict[str, Any]) -> str:
         ("size", f"{text.size(row['bytes'])} in {row['chunks']} distinct chunks"),
         ("here", f"{here(row)} ({text.size(row['held_bytes'])} in {row['held_chunks']} chunks)"),
         ("path", row["path"] or "-"),
+        *([("pinned", "yes")] if row["pinned"] else []),
         (row["origin"], text.moment(row["added"])),
         *((f"attribute {name}", str(value)) for name, value in row["attributes"].items()),
     ]

@@ -349,7 +349,7 @@ class _Run:
             if image is None or number is None:
                 continue
             obj = image.objects[number]
-            if obj.size == info.nar_size and self._store.still_holds(obj.layout.digests):
+            if obj.size == info.nar_size and self._store.look_again(obj.layout.digests, quietly=True):
                 return as_store_path_object(obj, info)
         return None
 

@@ -23,7 +23,7 @@ from p2pnode.store.records import FileStamp, Location, Source, SourceKind
 from p2pnode.store.space import free_bytes, write_failure
 from protocols.cid import CID
 
-SCHEMA_VERSION = 3
+SCHEMA_VERSION = 4
 COMMIT_BYTES = 8 << 20  # at most this much is fetched again after a kill -9
 COMMIT_SECONDS = 0.5
 MAX_PROBLEMS = 1000
@@ -38,7 +38,8 @@ CREATE TABLE images (
     sizes BLOB NOT NULL,            -- and their sizes, u32 little-endian
     held_chunks INTEGER, held_bytes INTEGER,  -- NULL: to be counted again
     complete INTEGER NOT NULL, origin TEXT NOT NULL, path TEXT,
-    added REAL NOT NULL, last_used REAL NOT NULL, pinned INTEGER NOT NULL DEFAULT 0
+    added REAL NOT NULL, last_used REAL NOT NULL,
+    pinned INTEGER NOT NULL DEFAULT 0         -- bits, see `Pin`
 ) STRICT;
 CREATE INDEX images_name ON images (name);
 CREATE TABLE nars (hash BLOB NOT NULL, image BLOB NOT NULL, PRIMARY KEY (hash, image)) STRICT, WITHOUT ROWID;
@@ -80,7 +81,22 @@ CREATE INDEX claims_nar ON claims (nar_hash);
 
 _CTIMES = "ALTER TABLE sources ADD COLUMN ctime_ns INTEGER"  # see FileStamp
 
-_MIGRATIONS = {0: _SCHEMA, 1: _CLAIMS, 2: _CTIMES}
+_MIRRORS = """
+CREATE TABLE mirrors (              -- see store/mirrors.py
+    thing TEXT PRIMARY KEY,         -- an image id or a peer id
+    addrs TEXT NOT NULL,            -- multiaddresses of peers that have it, separated by blanks
+    name TEXT, added REAL NOT NULL, looked REAL, problem TEXT
+) STRICT;
+CREATE TABLE mirrored (
+    thing TEXT NOT NULL, image BLOB NOT NULL, name TEXT, size INTEGER NOT NULL,
+    listed INTEGER NOT NULL,        -- the publisher has it still
+    problem TEXT,
+    PRIMARY KEY (thing, image)
+) STRICT, WITHOUT ROWID;
+CREATE INDEX mirrored_image ON mirrored (image);
+"""
+
+_MIGRATIONS = {0: _SCHEMA, 1: _CLAIMS, 2: _MIRRORS, 3: _CTIMES}
 """What makes the next version of each, all in one transaction."""
 
 _SOURCE_COLUMNS = "s.id, s.kind, s.path, s.owned, s.dev, s.ino, s.size, s.mtime_ns, s.ctime_ns, s.image"

@@ -19,6 +19,13 @@ class Origin(enum.StrEnum):
     FETCHED = "fetched"
 
 
+class Pin(enum.IntFlag):
+    """Who wants an image to be kept."""
+
+    USER = 1
+    MIRROR = 2
+
+
 @dataclass(frozen=True, slots=True)
 class ImageRecord:
     """One image in the catalog. Sizes in bytes, times in seconds since the epoch.

@@ -30,6 +30,7 @@ from p2pnode.store.records import (
     ImageRecord,
     Location,
     Origin,
+    Pin,
     Problem,
     Source,
     SourceKind,
@@ -205,6 +206,21 @@ class Store:
                 "UPDATE images SET complete = 1, path = coalesce(?, path), last_used = ? WHERE id = ?",
                 (path, time.time(), id.to_bytes()),
             )
+
+    def pin(self, id: CID, by: Pin, pinned: bool = True) -> None:
+        """Let an image be kept, or no longer on somebody's account."""
+        with self.catalog.transaction() as db:
+            change = "pinned | ?" if pinned else "pinned & ~?"
+            db.execute(f"UPDATE images SET pinned = {change} WHERE id = ?", (int(by), id.to_bytes()))
+
+    def provided(self, after: CID | None, limit: int) -> list[ImageRecord]:
+        """Up to `limit` complete images that this node provides itself, by ascending id, those greater than `after`."""
+        own = "origin = ? AND complete"
+        self._count_held(own, Origin.PROVIDED)
+        page = f"SELECT id FROM images WHERE {own} AND held_chunks = chunks AND id > ? ORDER BY id LIMIT ?"
+        begin = b"" if after is None else after.to_bytes()
+        found = self._records(f"id IN ({page})", Origin.PROVIDED, begin, limit)
+        return sorted(found, key=lambda record: record.id.to_bytes())
 
     def remove_image(self, id: CID) -> list[bytes]:
         """Forget an image. Returns the digests no longer held at all.
@@ -470,19 +486,21 @@ class Store:
         self._tell_lost(lost)
         return lost
 
-    def still_holds(self, digests: Iterable[bytes]) -> bool:
-        """Whether all of these chunks are here, after a look at the user's files and trees that hold them.
+    def look_again(self, digests: Iterable[bytes], *, quietly: bool = False) -> bool:
+        """Whether all of these chunks are here, after a look at the metadata of the files and trees that hold them.
 
-        `held` goes by the catalog alone. What was removed or changed meanwhile is dropped, which is no problem to be
-        told of: whoever asks is about to read the contents again.
+        (`held` goes by the catalog alone.) Sources that are gone, and files that were changed, are dropped, and told of
+        as problems unless `quietly`: for who is about to read the contents again. What was changed inside of a tree is
+        noticed when it is read.
         """
         wanted = list(digests)
         for source in self.catalog.sources_of(wanted):
-            if source.owned:
-                continue
-            gone = not os.path.lexists(source.path) if source.kind is SourceKind.NAR else changed(source, None)
-            if gone:
-                self.forget_source(source.id)
+            if source.kind is SourceKind.FILE:
+                reason = changed(source, None)
+            else:
+                reason = None if os.path.lexists(source.path) else f"{source.path} does not exist any more"
+            if reason is not None:
+                self.forget_source(source.id, None if quietly else reason)
         return all(self.held(wanted))
 
     def _add_tree(self, tree: Path, map: NarMap, obj: ImageObject) -> int:

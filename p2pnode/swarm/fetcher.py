@@ -37,12 +37,12 @@ from p2pnode.nix.trust_policy import NO_TRUST, Trust
 from p2pnode.progress import Progress, Report, silent
 from p2pnode.store import Store
 from p2pnode.store.landing import Landing
-from p2pnode.store.records import Origin
+from p2pnode.store.records import Origin, Pin
 from p2pnode.store.space import check_space
 from p2pnode.swarm.delivery import Delivery, IntoStore, ToCache, open_delivery
 from p2pnode.swarm.download import Download
 from p2pnode.swarm.exchange import Exchange, manifest_id
-from p2pnode.swarm.gate import Gate
+from p2pnode.swarm.gate import PATIENCE, POLL, Gate
 from p2pnode.swarm.holdings import chunk_key
 from p2pnode.threads import in_thread
 from protocols.cid import CID, CID_SIZE, DIGEST_SIZE
@@ -66,7 +66,8 @@ Discover = Callable[[CID], Awaitable[int]]
 @dataclass(frozen=True, slots=True)
 class FetchOptions:
     """`timeout`: seconds without a byte of progress after which to give up. `to`: where store paths go, not to `out`.
-    `trust`: what they must be proved by."""
+    `trust`: what they must be proved by. `mirror`: pin it, and do not end before all that have it have told what they
+    know beside it."""
 
     out: Path | None = None
     force: bool = False
@@ -75,6 +76,7 @@ class FetchOptions:
     timeout: float = 60.0
     to: IntoStore | ToCache | None = None
     trust: Trust = NO_TRUST
+    mirror: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,6 +95,11 @@ class Fetched:
     banned: dict[str, str]
     seconds: float
     delivered: dict[str, Any]
+
+    @classmethod
+    def nothing(cls, image: Image) -> Fetched:
+        """Of an image that was here."""
+        return cls(image, None, 0, 0, {}, {}, {}, {}, 0.0, {})
 
 
 @dataclass
@@ -262,6 +269,8 @@ class Fetcher:
         image = await trio.to_thread.run_sync(self._store.image, root)
         if image is None:
             image = await self._manifest(root, options, tally, report)
+        if options.mirror:  # from now on, so that a mirror that is interrupted finds again what it has
+            await trio.to_thread.run_sync(self._store.pin, root, Pin.MIRROR)
         if options.to is not None and image.kind not in STORE_KINDS:
             raise UsageError(f"image {root} is of kind {image.kind}, which has no store paths; fetch it with -o OUT")
         export = exporter(self._store, image, options.out, force=options.force, keep_chunks=options.keep_chunks)
@@ -296,6 +305,41 @@ class Fetcher:
         knowing = {peer for peer, known in answers.items() if known}
         answered = answers.keys() >= set(self._exchange.sessions)
         return searched.is_set() and answered and knowing <= self._exchange.records.told_all(root)
+
+    async def _told_all(self, image: Image, searched: trio.Event) -> None:
+        """Until all who have an image have told what they know of its store paths, or that took too long."""
+        if image.kind not in STORE_KINDS:
+            return
+        with trio.move_on_after(PATIENCE):
+            while not self._settled(image.id, searched):
+                with trio.move_on_after(POLL):
+                    await self._exchange.records.heard()
+
+    # What is here already
+
+    async def whole(self, root: CID) -> Image | None:
+        """The manifest of an image that was verified and is still here as far as metadata tell; else None, and what is
+        gone is known as missing. Raises StoreError."""
+        image = await trio.to_thread.run_sync(self._store.image, root)
+        if image is None or not await trio.to_thread.run_sync(self._store.look_again, image.chunks):
+            return None
+        record = await trio.to_thread.run_sync(self._store.record, root)
+        return image if record is not None and record.complete else None
+
+    async def hear(self, image: Image) -> None:
+        """Ask everybody who has an image that is here for what they know beside it. Not while it is being fetched."""
+        keys = [chunk_key(digest) for digest in image.chunks]
+        sizes = list(image.chunks.values())
+        searched = trio.Event()
+        async with (
+            self._exchange.download(
+                image.id.to_bytes(), image.id, keys, sizes, b"\1" * len(keys), _ManifestSink(), lambda _: None
+            ),
+            trio.open_nursery() as nursery,
+        ):
+            nursery.start_soon(self._search, image.id, searched)
+            await self._told_all(image, searched)
+            nursery.cancel_scope.cancel()
 
     # The manifest
 
@@ -436,7 +480,7 @@ class Fetcher:
                 trio.open_nursery() as nursery,
             ):
                 nursery.start_soon(self._watch, image, options.timeout, report)
-                if missing or gate.trust.demanded:
+                if missing or gate.trust.demanded or options.mirror:
                     nursery.start_soon(self._search, image.id, searched)
                 nursery.start_soon(download.fails)
                 delivered = trio.Event()
@@ -445,6 +489,8 @@ class Fetcher:
                 await self._verify(image, gate, present, arrivals, recent)
                 if delivery is not None:
                     await delivered.wait()
+                if options.mirror:
+                    await self._told_all(image, searched)
                 tally.add(self._exchange.stats(id), download)
                 nursery.cancel_scope.cancel()
             await trio.to_thread.run_sync(landing.close)

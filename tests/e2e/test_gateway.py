@@ -12,7 +12,7 @@ import statistics
 import subprocess
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -49,12 +49,21 @@ def closure(seed: int, *sizes: int) -> list[tuple[StorePath, bytes, list[StorePa
 class Publisher:
     """A Nix store with a signed closure, and a node that provides it."""
 
-    def __init__(self, nodes: Nodes, name: str, parts: Any, via: Daemon | None, *, sign: bool = True) -> None:
+    def __init__(
+        self,
+        nodes: Nodes,
+        name: str,
+        parts: Any,
+        via: Daemon | None,
+        *,
+        sign: bool = True,
+        faults: Sequence[str] = (),
+    ) -> None:
         self.store = ChrootStore(nodes.directory / f"{name}-nix")
         self.store.register(parts)
         self.top = parts[-1][0]
         self.paths = [path for path, _, _ in parts]
-        self.daemon = nodes.daemon(name, via=via, extra={"nix_store": str(self.store.root)})
+        self.daemon = nodes.daemon(name, via=via, faults=faults, extra={"nix_store": str(self.store.root)})
         arguments = []
         if sign:
             key = nodes.directory / "key"
