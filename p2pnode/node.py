@@ -478,10 +478,6 @@ class Node:
 
     async def _keep(self, wanted: link.Link, *, timeout: float, hear: bool, report: Report) -> dict[str, Any]:
         """For `Mirroring`: an image that is here completely is not read again, only pinned."""
-        ours = self._config.trusted_public_keys
-        policy = self._config.require_signatures
-        trust = await trio.to_thread.run_sync(partial(trust_policy.of_fetch, policy, ours, (), into_store=False))
-        options = FetchOptions(name=wanted.name, timeout=timeout, trust=trust, mirror=True)
         async with self._fetching(wanted.image):
             image = await self._fetcher.whole(wanted.image)
             if image is not None:
@@ -491,6 +487,10 @@ class Node:
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(self._join_all, _by_peer(wanted.peers))
                 if image is None:
+                    keys, policy = self._config.trusted_public_keys, self._config.require_signatures
+                    judge = partial(trust_policy.of_fetch, policy, keys, (), into_store=False)
+                    trust = await trio.to_thread.run_sync(judge)
+                    options = FetchOptions(name=wanted.name, timeout=timeout, trust=trust, mirror=True)
                     fetched = await self._fetcher.fetch(wanted.image, options, report)
                 else:
                     await self._fetcher.hear(image)

@@ -100,3 +100,18 @@ def test_anything_else_is_a_usage_error(text: str) -> None:
             link.parse(candidate)
         except UsageError as exc:
             assert str(exc)
+
+
+PEER = "12D3KooWSMTjKMnLmfEDoZhQH2RniDbw9jce1aNK6SnAkHVEPGaR"
+
+
+def test_things_to_mirror() -> None:
+    image = "bafyr4ihfsrdbtbfhtqupjvfxdil7j2k5ujol2h4kirv4pq5vbqo3kz7hbu"
+    address = f"/ip4/192.0.2.1/tcp/1/p2p/{PEER}"
+    assert link.parse_thing(f" {image}\n") == link.Link(link.parse_image_id(image))
+    assert link.parse_thing(f"p2pnode:{image}?name=x") == link.Link(link.parse_image_id(image), (), "x")
+    assert link.parse_thing(PEER) == link.Publisher(PEER)
+    assert link.parse_thing(address) == link.Publisher(PEER, (address,))
+    for text in ("", "/", "/ip4/192.0.2.1/tcp/1", "web.img", PEER[:-1], image[:-1], "p2pnode:", "1" * 1000, "\x1b[31m"):
+        with pytest.raises(UsageError):
+            link.parse_thing(text)

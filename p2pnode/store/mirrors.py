@@ -126,14 +126,13 @@ class Mirrors:
         with self._catalog.transaction() as db:
             if self.get(thing) is None:
                 return  # ended meanwhile
-            for each in self.images(thing):
-                if each.image in now:
-                    continue
-                if each.complete:
-                    row = (thing, each.image.to_bytes())
+            for image in set(self._images_of(thing)) - now:
+                record = self._store.record(image)
+                if record is not None and record.complete:
+                    row = (thing, image.to_bytes())
                     db.execute("UPDATE mirrored SET listed = 0 WHERE thing = ? AND image = ?", row)
                 else:
-                    self._drop(each.image, [thing])
+                    self._drop(image, [thing])
             self._keep_rows(thing, entries)
 
     def _keep_rows(self, thing: str, entries: Iterable[Entry]) -> None:
@@ -160,7 +159,7 @@ class Mirrors:
     def stop(self, thing: str) -> None:
         """Mirror a thing no longer. Its images stay, without the pin unless something else wants it."""
         with self._catalog.transaction() as db:
-            images = [CID.from_bytes(row[0]) for row in self._rows_of(thing)]
+            images = self._images_of(thing)
             db.execute("DELETE FROM mirrors WHERE thing = ?", (thing,))
             for image in images:
                 self._drop(image, [thing])
@@ -170,8 +169,10 @@ class Mirrors:
         with self._catalog.transaction():
             self._drop(image, sorted({*self.wanted_by(image)}.difference(self.wanted_by(image, listed=True))))
 
-    def _rows_of(self, thing: str) -> list[Any]:
-        return self._catalog.query("SELECT image FROM mirrored WHERE thing = ?", thing)
+    def _images_of(self, thing: str) -> list[CID]:
+        return [
+            CID.from_bytes(row[0]) for row in self._catalog.query("SELECT image FROM mirrored WHERE thing = ?", thing)
+        ]
 
     def _drop(self, image: CID, things: Sequence[str]) -> None:
         with self._catalog.transaction() as db:

@@ -210,8 +210,8 @@ class Store:
     def pin(self, id: CID, by: Pin, pinned: bool = True) -> None:
         """Let an image be kept, or no longer on somebody's account."""
         with self.catalog.transaction() as db:
-            change = "pinned | ?" if pinned else "pinned & ~?"
-            db.execute(f"UPDATE images SET pinned = {change} WHERE id = ?", (int(by), id.to_bytes()))
+            change = "pinned | ?1" if pinned else "pinned & ~?1"
+            db.execute(f"UPDATE images SET pinned = {change} WHERE id = ?2 AND pinned <> {change}", (by, id.to_bytes()))
 
     def provided(self, after: CID | None, limit: int) -> list[ImageRecord]:
         """Up to `limit` complete images that this node provides itself, by ascending id, those greater than `after`."""

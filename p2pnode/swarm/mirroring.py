@@ -32,6 +32,7 @@ log = logging.getLogger(__name__)
 TOGETHER = 4  # images of one thing that are fetched at the same time ...
 ALL_TOGETHER = 8  # ... and of all things: one whose images nobody has must not keep the others waiting
 HEAR_INTERVAL = 3600.0  # s between questions for new signatures of an image that is complete; each costs a search
+MAX_RESTS = 8  # intervals that a daemon leaves an image alone after it failed, 1 at first and doubling
 TIMEOUT = 60.0  # s without any progress after which an image is left to the next look
 
 Result = dict[str, Any]
@@ -93,6 +94,7 @@ class Mirroring:
         self._reach = reach
         self._limit = trio.Semaphore(ALL_TOGETHER)
         self._heard: dict[CID, float] = {}
+        self._rests: dict[CID, tuple[float, float]] = {}  # seconds, and until when
         self._scopes: dict[str, list[trio.CancelScope]] = {}
         self._following: set[str] = set()
         self._nursery: trio.Nursery | None = None
@@ -113,7 +115,7 @@ class Mirroring:
 
         async def one(mirror: Mirror) -> None:
             try:
-                results[mirror.thing] = await self._look(mirror, timeout, total, hear=True)
+                results[mirror.thing] = await self._look(mirror, timeout, total, asked=True)
             finally:  # a daemon goes on with it, at once if this was interrupted
                 self._follow(mirror.thing, self._interval if mirror.thing in results else 0.0)
 
@@ -150,7 +152,7 @@ class Mirroring:
             await trio.sleep(delay)
             while (mirror := await trio.to_thread.run_sync(self._mirrors.get, thing)) is not None:
                 try:
-                    await self._look(mirror, TIMEOUT, _Sum(silent), hear=False)
+                    await self._look(mirror, TIMEOUT, _Sum(silent), asked=False)
                 except Exception:
                     log.exception("the look at %s, which is mirrored, failed", thing)
                 await trio.sleep(self._interval)
@@ -170,7 +172,8 @@ class Mirroring:
 
     # One look
 
-    async def _look(self, mirror: Mirror, timeout: float, total: _Sum, *, hear: bool) -> list[Result]:
+    async def _look(self, mirror: Mirror, timeout: float, total: _Sum, *, asked: bool) -> list[Result]:
+        """`asked`: by a user, who wants everything to be tried."""
         results: list[Result] = []
         with self._scope(mirror.thing) as scope:
             problem: str | None = None
@@ -186,19 +189,24 @@ class Mirroring:
             waiting = deque(images)
             total.expected.update((each.image, 0 if each.complete else each.size) for each in images)
 
+            problems: list[str] = []
+
             async def work() -> None:
                 while waiting:
                     each = waiting.popleft()
+                    if not asked and each.problem and trio.current_time() < self._rests.get(each.image, (0, 0))[1]:
+                        problems.append(each.problem)  # trying may mean to read and to hash all of it again
+                        continue
                     async with self._limit:
-                        await self._one(mirror, each, timeout, total, results, hear=hear)
+                        said = await self._one(mirror, each, timeout, total, results, asked=asked)
+                    problems.extend([said] if said else [])
 
             async with trio.open_nursery() as nursery:
                 for _ in range(min(TOGETHER, len(images))):
                     nursery.start_soon(work)
-            failed = sum("error" in row and "image" in row for row in results)
-            if problem is None and failed:
-                first = next(row["message"] for row in results if "error" in row)
-                problem = first if len(images) == 1 else f"{failed} of {len(images)} images: {first}"
+            if problem is None and problems:
+                several = f"{len(problems)} of {len(images)} images: " if len(images) > 1 else ""
+                problem = several + problems[0]
             await trio.to_thread.run_sync(self._mirrors.looked, mirror.thing, problem)
         if scope.cancelled_caught:
             stopped = UsageError(f"{mirror.thing} is mirrored no longer: that was stopped meanwhile")
@@ -211,16 +219,17 @@ class Mirroring:
         await trio.to_thread.run_sync(self._mirrors.keep_list, mirror.thing, entries)
 
     async def _one(
-        self, mirror: Mirror, each: Mirrored, timeout: float, total: _Sum, results: list[Result], *, hear: bool
-    ) -> None:
-        """The top of one image's work: what goes wrong with it must not end the others."""
+        self, mirror: Mirror, each: Mirrored, timeout: float, total: _Sum, results: list[Result], *, asked: bool
+    ) -> str | None:
+        """The top of one image's work: what goes wrong with it must not end the others, and is returned."""
         now = trio.current_time()
-        hear = hear or now - self._heard.get(each.image, -HEAR_INTERVAL) >= HEAR_INTERVAL
+        hear = asked or now - self._heard.get(each.image, -HEAR_INTERVAL) >= HEAR_INTERVAL
         wanted = link.Link(each.image, mirror.addrs, each.name)
         problem = None
         try:
             result = await self._keep(wanted, timeout=timeout, hear=hear, report=total.of(each.image))
             results.append({**result, "mirror": mirror.thing, "pinned": True})
+            self._rests.pop(each.image, None)
             if hear:
                 self._heard[each.image] = now
         except Exception as exc:
@@ -228,9 +237,12 @@ class Mirroring:
             if failure.internal:
                 log.error("mirroring image %s failed", each.image, exc_info=exc)
             problem = self._failed(results, mirror, each, failure)
+            rest = min(2 * self._rests.get(each.image, (self._interval / 2, 0))[0], MAX_RESTS * self._interval)
+            self._rests[each.image] = (rest, trio.current_time() + rest)
         total.end(each.image)
         if problem != each.problem:
             await trio.to_thread.run_sync(self._mirrors.judged, mirror.thing, each.image, problem)
+        return problem
 
     def _failed(self, results: list[Result], mirror: Mirror, each: Mirrored | None, failure: Failure) -> str:
         if failure.message != (mirror.problem if each is None else each.problem):  # once, not at every look

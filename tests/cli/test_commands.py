@@ -12,7 +12,10 @@ import pytest
 
 from tests.cli.conftest import CLI
 
-COMMANDS = ("run", "provide", "fetch", "images", "show", "verify", "rm", "status", "peers")
+COMMANDS = (
+    *("run", "provide", "fetch", "mirror", "images", "show", "verify"),
+    *("pin", "unpin", "rm", "status", "peers"),
+)
 UNKNOWN = "bafyr4ihfsrdbtbfhtqupjvfxdil7j2k5ujol2h4kirv4pq5vbqo3kz7hbu"
 
 
@@ -42,6 +45,12 @@ def test_life_of_an_image(cli: CLI, disk: Path) -> None:
         assert (human.returncode, human.stderr) == (0, "")
     assert provided["image"] in cli("show", "disk.img").stdout
 
+    assert cli.json("pin", "disk.img") == {"image": provided["image"], "name": "disk.img", "pinned": True}
+    assert "pinned" in cli("show", "disk.img").stdout
+    refused = cli("rm", "disk.img")
+    assert refused.returncode == 2 and f"p2pnode unpin {provided['image']}" in refused.stderr
+    assert cli("unpin", "disk.img").stdout == "unpinned disk.img\n"
+    assert cli("--json", "mirror").stdout == "" and "nothing is mirrored" in cli("mirror").stdout
     assert cli.json("rm", "disk.img")["image"] == provided["image"]
     assert disk.exists()
     assert cli("--json", "images").stdout == ""
@@ -74,6 +83,12 @@ def test_damage_is_found(cli: CLI, disk: Path) -> None:
         (["fetch", UNKNOWN, "--peer", "/ip4/192.0.2.1/tcp/1"], "UsageError", 2, "/p2p/"),
         (["fetch", UNKNOWN, "--timeout", "soon"], "UsageError", 2, "soon"),
         (["fetch", UNKNOWN, "-o", "/etc"], "OutputExists", 2, "--force"),
+        (["mirror", "what"], "UsageError", 2, "no link, image id, peer id or address"),
+        (["mirror", "/ip4/192.0.2.1/tcp/1"], "UsageError", 2, "/p2p/"),
+        (["mirror", "--stop"], "UsageError", 2, "--stop needs to know what"),
+        (["mirror", "--stop", UNKNOWN], "NotFound", 3, "is not mirrored"),
+        (["pin", UNKNOWN], "NotFound", 3, "no image"),
+        (["unpin", "nothing"], "NotFound", 3, "no image"),
         (["provide", "/does/not/exist"], "PathError", 2, "does not exist"),
         (["provide", "--no-serve", "/dev/null"], "PathError", 2, "device"),
         (["provide", "--kind", "spaceship", "/etc"], "UsageError", 2, "spaceship"),

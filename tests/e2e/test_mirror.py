@@ -48,6 +48,10 @@ def names(row: dict[str, Any], *, listed: bool = True) -> set[str]:
     return {each["name"] for each in row["images"] if each["complete"] and each["listed"] == listed}
 
 
+def packs(node: Daemon) -> list[Path]:
+    return list((node.home.path / "store" / "packs").glob("*.pack"))
+
+
 def rows(finished: Finished) -> list[dict[str, Any]]:
     return [json.loads(line) for line in finished.stdout.splitlines()]
 
@@ -57,6 +61,7 @@ def provide(node: Daemon, path: Path, size: int) -> dict[str, Any]:
     return node.run("provide", str(path)).check().json
 
 
+@pytest.mark.slow
 @pytest.mark.nix
 def test_the_publisher_goes_and_consumers_go_on(nodes: Nodes, tmp_path: Path) -> None:
     meeting_point = nodes.daemon("m")
@@ -98,6 +103,7 @@ def test_the_publisher_goes_and_consumers_go_on(nodes: Nodes, tmp_path: Path) ->
     consumer.verify(publisher.top)
 
 
+@pytest.mark.slow
 def test_a_publisher_is_followed(nodes: Nodes, tmp_path: Path) -> None:
     publisher = nodes.daemon("a", extra={"publish": True})
     for name in ("one", "two"):
@@ -144,6 +150,7 @@ def test_a_publisher_is_followed(nodes: Nodes, tmp_path: Path) -> None:
     mirror.run("rm", "two").check()
 
 
+@pytest.mark.slow
 def test_without_a_daemon(nodes: Nodes, tmp_path: Path) -> None:
     source, original, link = slow_source(nodes, 24 * MIB)
     small = provide(source, tmp_path / "small", 2 * MIB)
@@ -181,6 +188,19 @@ def test_without_a_daemon(nodes: Nodes, tmp_path: Path) -> None:
     assert difference(original, out) is None
 
 
+def test_a_file_that_vanished_on_the_mirror_is_mended(nodes: Nodes, tmp_path: Path) -> None:
+    source, mirror = nodes.daemon("a"), nodes.daemon("b", extra={"mirror_interval": 1})
+    said = provide(source, tmp_path / "one", 3 * MIB)
+    taken = tmp_path / "taken"
+    mirror.run("fetch", said["link"], "-o", str(taken)).check()
+    assert mirror.run("mirror", said["link"]).check().json["received_bytes"] == 0
+    assert packs(mirror) == []
+    taken.unlink()
+    wait_for(mirror, said["image"], lambda row: packs(mirror) and row["complete"])
+    assert mirror.run("verify", said["image"]).check().json["ok"]
+    assert not taken.exists()
+
+
 @pytest.mark.nix
 def test_a_store_path_that_was_collected_on_the_mirror_is_mended(
     nodes: Nodes, tmp_path: Path, nix_store_command: str
@@ -199,12 +219,7 @@ def test_a_store_path_that_was_collected_on_the_mirror_is_mended(
     mirror.run("provide", str(path)).check()
     assert mirror.run("mirror", said["link"]).check().json["received_bytes"] == 0
     stores[1].nix_store("--delete", path)
-    deadline = time.monotonic() + 30
-    while not (healed := list((mirror.home.path / "store" / "packs").glob("*.pack"))):
-        assert time.monotonic() < deadline, mirror.log
-        time.sleep(0.05)
-    assert len(healed) == 1
-    wait_for(mirror, said["image"], lambda row: row["complete"])
+    wait_for(mirror, said["image"], lambda row: packs(mirror) and row["complete"])
     assert mirror.run("verify", said["image"]).check().json["ok"]
 
 
