@@ -39,7 +39,7 @@ PAGE_SECONDS = 20.0
 LIST_SECONDS = 120.0
 SERVE_IDLE_SECONDS = 60.0
 PAGE_INTERVAL = 0.05  # s that a stream waits between two pages: a whole list of ours takes a peer 3 s at most
-MAX_STREAMS_PER_PEER = 2
+MAX_STREAMS_PER_PEER = 4
 MAX_STREAMS = 64
 
 
@@ -59,16 +59,19 @@ class CatalogServer:
             await stream.reset()
             return
         self._streams[peer] += 1
+        earliest = trio.current_time()
         try:
             while True:
                 with trio.move_on_after(SERVE_IDLE_SECONDS) as scope:
                     body = await receive_frame(stream, MAX_REQUEST)
                 if scope.cancelled_caught or body is None:
                     break
-                answer = await self._answer(decode_request(body))
+                after = decode_request(body)
+                await trio.sleep_until(earliest)
+                earliest = trio.current_time() + PAGE_INTERVAL
+                answer = await self._answer(after)
                 with trio.fail_after(PAGE_SECONDS):
                     await stream.send_all(encode_answer(answer))
-                await trio.sleep(PAGE_INTERVAL)
             await stream.aclose()
         except (ProtocolError, RemoteError, trio.TooSlowError) as error:
             log.info("the catalog for %s: %s", peer, error)

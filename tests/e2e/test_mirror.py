@@ -78,6 +78,7 @@ def test_the_publisher_goes_and_consumers_go_on(nodes: Nodes, tmp_path: Path) ->
     row = wait_for(mirror, image, lambda row: row["complete"] and row["looked"])
     assert row["problem"] is None and row["images"][0]["pinned"]
     transferred = sent(publisher.daemon)
+    print(f"{transferred / MIB:.1f} MiB sent for {size / MIB:.1f} MiB, with a kill -9 in the middle")
     assert size <= transferred <= size + IN_FLIGHT
     again = mirror.run("mirror", link).check().json
     assert again.keys() == KEYS
