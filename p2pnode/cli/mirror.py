@@ -114,7 +114,8 @@ def _stop(app: App, config: Config, things: tuple[str, ...]) -> int:
 
 
 def _problem(result: dict[str, Any]) -> str:
-    return f"{result.get('image', result['mirror'])}: {result['message']}"
+    """A message about a publisher names it; one about one of several images need not."""
+    return f"{result['image']}: {result['message']}" if "image" in result else str(result["message"])
 
 
 def _human(result: dict[str, Any]) -> str:

@@ -184,7 +184,7 @@ class Mirroring:
                     failure = describe(exc)
                     if failure.internal:
                         log.error("the list of %s failed", mirror.thing, exc_info=exc)
-                    problem = self._failed(results, mirror, None, failure)
+                    problem = self._failed(results, mirror, None, failure, asked=asked)
             images = await trio.to_thread.run_sync(self._mirrors.images, mirror.thing)
             waiting = deque(images)
             total.expected.update((each.image, 0 if each.complete else each.size) for each in images)
@@ -210,7 +210,7 @@ class Mirroring:
             await trio.to_thread.run_sync(self._mirrors.looked, mirror.thing, problem)
         if scope.cancelled_caught:
             stopped = UsageError(f"{mirror.thing} is mirrored no longer: that was stopped meanwhile")
-            self._failed(results, mirror, None, describe(stopped))
+            self._failed(results, mirror, None, describe(stopped), asked=asked)
         return results
 
     async def _list(self, mirror: Mirror) -> None:
@@ -236,7 +236,7 @@ class Mirroring:
             failure = describe(exc)
             if failure.internal:
                 log.error("mirroring image %s failed", each.image, exc_info=exc)
-            problem = self._failed(results, mirror, each, failure)
+            problem = self._failed(results, mirror, each, failure, asked=asked)
             rest = min(2 * self._rests.get(each.image, (self._interval / 2, 0))[0], MAX_RESTS * self._interval)
             self._rests[each.image] = (rest, trio.current_time() + rest)
         total.end(each.image)
@@ -244,8 +244,11 @@ class Mirroring:
             await trio.to_thread.run_sync(self._mirrors.judged, mirror.thing, each.image, problem)
         return problem
 
-    def _failed(self, results: list[Result], mirror: Mirror, each: Mirrored | None, failure: Failure) -> str:
-        if failure.message != (mirror.problem if each is None else each.problem):  # once, not at every look
+    def _failed(
+        self, results: list[Result], mirror: Mirror, each: Mirrored | None, failure: Failure, *, asked: bool
+    ) -> str:
+        # Whoever has asked is told; of what goes on by itself the log tells, once and not at every look.
+        if not asked and failure.message != (mirror.problem if each is None else each.problem):
             log.warning("mirroring %s: %s", mirror.thing if each is None else each.image, failure.message)
         row: Result = {"mirror": mirror.thing}
         if each is not None:
