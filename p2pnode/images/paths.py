@@ -45,6 +45,11 @@ class ImagePaths:
         self._claims: dict[tuple[str, bytes], list[PathClaims]] = {}
         self.reload_if_changed()
 
+    async def refresh(self) -> None:
+        """As `reload_if_changed`, without blocking."""
+        if self._store.catalog.claims_generation != self._generation:
+            await trio.to_thread.run_sync(self.reload_if_changed)
+
     def reload_if_changed(self) -> None:
         """Take in the claims that came since. Blocks."""
         generation = self._store.catalog.claims_generation

@@ -33,13 +33,19 @@ from p2pnode.failures import most_telling, one_line
 from p2pnode.nix import daemon_wire as wire
 from p2pnode.nix.cli import PathInfo, find_nix_store
 from p2pnode.nix.daemon_wire import Message, Op, WireReader
+from p2pnode.nix.file_range import FileRange, send_all
 from p2pnode.nix.nar_reader import Buffer
 from p2pnode.nix.signatures import SignedInfo
 from p2pnode.nix.storepath import StorePath
 
+Piece = Buffer | FileRange
+
 OpenNar = Callable[[PathInfo], AsyncGenerator[Buffer, None]]
 """Gives the NAR of a path, in pieces of any size, which are the caller's from then on; called when the path's turn has
 come, closed when it is done with."""
+
+OpenPieces = Callable[[PathInfo], AsyncGenerator[Piece, None]]
+"""The same, where some of the pieces may still lie in files."""
 
 DEFAULT_SOCKET = Path("/nix/var/nix/daemon-socket/socket")
 
@@ -128,7 +134,7 @@ class DaemonConnection:
         async with self._request(Op.ADD_INDIRECT_ROOT, wire.string(os.fsencode(link))):
             await self._reader.u64()
 
-    async def add_path(self, signed: SignedInfo, open_nar: OpenNar, *, check_signatures: bool = True) -> None:
+    async def add_path(self, signed: SignedInfo, open_nar: OpenPieces, *, check_signatures: bool = True) -> None:
         """Make a path valid; what it refers to, itself apart, must be valid already.
 
         The NAR is streamed; nothing is held but a frame. A path that is valid already is read and ignored. Without
@@ -145,7 +151,7 @@ class DaemonConnection:
         request = wire.u64(Op.ADD_TO_STORE_NAR) + wire.path_info(signed) + flags
         await self._add(request, _checked_nar(signed.info, open_nar))
 
-    async def _add(self, request: bytes, stream: AsyncGenerator[Buffer, None]) -> None:
+    async def _add(self, request: bytes, stream: AsyncGenerator[Piece, None]) -> None:
         async with self._exclusive():
             with _time_limit(ANSWER_TIMEOUT):
                 await self._write(request)
@@ -187,7 +193,7 @@ class DaemonConnection:
         except (trio.BrokenResourceError, trio.ClosedResourceError):
             return b""
 
-    async def _stream_framed(self, source: AsyncGenerator[Buffer, None]) -> NodeError | None:
+    async def _stream_framed(self, source: AsyncGenerator[Piece, None]) -> NodeError | None:
         """Send a stream in frames while listening for the answer, which may be an error in the middle of it.
 
         Both at once: a daemon that writes a long log while nobody reads would stop reading our frames. A daemon that
@@ -195,7 +201,7 @@ class DaemonConnection:
         """
         answer: NodeError | None = None
         producing = trio.CancelScope()
-        give, take = trio.open_memory_channel[Buffer](_PIECES_AHEAD)
+        give, take = trio.open_memory_channel[Piece](_PIECES_AHEAD)
         all_sent = trio.Event()
 
         async def produce() -> None:
@@ -208,10 +214,8 @@ class DaemonConnection:
         async def send_frames() -> None:
             with contextlib.suppress(trio.BrokenResourceError):  # the daemon's answer will say why
                 while piece := await take.receive():
-                    for start in range(0, len(piece), MAX_FRAME):
-                        frame = memoryview(piece)[start : start + MAX_FRAME]
-                        with _time_limit(ANSWER_TIMEOUT):  # a frame that was begun must be sent whole
-                            await self._stream.send_all(wire.u64(len(frame)) + frame)
+                    with _time_limit(ANSWER_TIMEOUT):  # a frame that was begun must be sent whole
+                        await self._send_piece(piece)
                 with _time_limit(ANSWER_TIMEOUT):
                     await self._stream.send_all(wire.u64(0))
             all_sent.set()
@@ -231,7 +235,23 @@ class DaemonConnection:
             raise error from error.__cause__
         return answer
 
-    async def _stream_asked_for(self, source: AsyncGenerator[Buffer, None]) -> NodeError | None:
+    async def _send_piece(self, piece: Piece) -> None:
+        """Send a piece in frames. Raises trio.BrokenResourceError."""
+        if not isinstance(piece, FileRange):
+            for start in range(0, len(piece), MAX_FRAME):
+                frame = memoryview(piece)[start : start + MAX_FRAME]
+                await self._stream.send_all(wire.u64(len(frame)) + frame)
+            return
+        parts = [part for frame in piece.cut(MAX_FRAME) for part in (wire.u64(len(frame)), frame)]
+        assert isinstance(self._stream, trio.SocketStream)
+        # A descriptor of our own: a thread that outlives the connection must not meet another file under its number.
+        with socket.socket(fileno=os.dup(self._stream.socket.fileno())) as plain:
+            try:
+                await trio.to_thread.run_sync(send_all, plain, parts)
+            except OSError as error:
+                raise trio.BrokenResourceError from error
+
+    async def _stream_asked_for(self, source: AsyncGenerator[Piece, None]) -> NodeError | None:
         """Before 1.23 the daemon asks for every piece."""
         async with aclosing(_joined(source)) as pieces:
             rest: Buffer = b""
@@ -239,7 +259,10 @@ class DaemonConnection:
             async def give(count: int) -> None:
                 nonlocal rest
                 if not rest:
-                    rest = await anext(pieces, b"")
+                    following = await anext(pieces, b"")
+                    if isinstance(following, FileRange):
+                        following = await trio.to_thread.run_sync(following.read)
+                    rest = following
                 piece, rest = rest[:count], rest[count:]
                 with _time_limit(ANSWER_TIMEOUT):
                     await self._write(wire.string(bytes(piece)))
@@ -366,7 +389,7 @@ async def _connection(stream: trio.abc.Stream, newest: int) -> AsyncIterator[Dae
             await trio.aclose_forcefully(stream)
 
 
-async def _checked_nar(info: PathInfo, open_nar: OpenNar) -> AsyncGenerator[Buffer, None]:
+async def _checked_nar(info: PathInfo, open_nar: OpenPieces) -> AsyncGenerator[Piece, None]:
     """The NAR, which must have the size that it should: Nix ignores what comes after the end of a NAR."""
     left = info.nar_size
     async with aclosing(open_nar(info)) as pieces:
@@ -379,12 +402,19 @@ async def _checked_nar(info: PathInfo, open_nar: OpenNar) -> AsyncGenerator[Buff
         raise VerificationFailed(f"the NAR of {info.path} ends {left} bytes early")
 
 
-async def _joined(source: AsyncGenerator[Buffer, None]) -> AsyncGenerator[Buffer, None]:
-    """The same bytes in pieces that are not small, but for the last one."""
+async def _joined(source: AsyncGenerator[Piece, None]) -> AsyncGenerator[Piece, None]:
+    """The same bytes in pieces that are not small, but for the last one, and those before one in a file."""
     small: list[Buffer] = []
     size = 0
     async with aclosing(source) as pieces:
         async for piece in pieces:
+            if isinstance(piece, FileRange):
+                if size:
+                    yield b"".join(small)
+                    small.clear()
+                    size = 0
+                yield piece
+                continue
             small.append(piece)
             size += len(piece)
             if size >= _MIN_FRAME:

@@ -330,6 +330,11 @@ class Catalog:
     def source_digests(self, source: int) -> list[bytes]:
         return [row[0] for row in self.query("SELECT digest FROM chunks WHERE source = ?", source)]
 
+    def is_spare(self, source: int) -> bool:
+        """Whether each of its chunks is in another source too."""
+        only = "SELECT 1 FROM chunks o WHERE o.digest = c.digest AND o.source != c.source"
+        return not self.query(f"SELECT 1 FROM chunks c WHERE c.source = ? AND NOT EXISTS ({only}) LIMIT 1", source)
+
     def drop_source(self, source: int) -> list[bytes]:
         """Forget a source; the digests it held. Its file is left alone."""
         with self.transaction() as db:

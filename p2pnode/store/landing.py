@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 from blake3 import blake3
 
 from p2pnode.errors import ChunkUnavailable, OutputExists, PathError, StoreError
+from p2pnode.nix.file_range import FileRange
 from p2pnode.store.catalog import Catalog
 from p2pnode.store.records import SourceKind
 from p2pnode.store.rename import remove_quietly
@@ -84,6 +85,7 @@ class Landing:
             rows = []
         # The row is committed before the file is made: a file without a row is nobody's.
         self._source = rows[0].id if rows else catalog.add_source(SourceKind.FILE, path, owned=True, image=image.id)
+        self._written = set(catalog.source_digests(self._source)) if rows else set[bytes]()
         self._fd = -1
         self._behind = WriteBehind()
         try:
@@ -139,6 +141,7 @@ class Landing:
             if rows:
                 self._catalog.defer(rows, size)
                 self._behind.wrote(self._fd, [(self._places[digest][0], length) for digest, _, _, length in rows])
+                self._written.update(row[0] for row in rows)
         return good
 
     def _is_chunk(self, digest: bytes, pieces: Sequence[Buffer]) -> bool:
@@ -168,6 +171,13 @@ class Landing:
             if error.errno == errno.ENXIO:  # no data from there to the end
                 return True
             raise
+
+    def place(self, digest: bytes) -> FileRange | None:
+        """Where a chunk was written; None if that was not here. Good until `close`, and for those only who check what
+        they read: nobody has looked at the bytes since."""
+        if digest not in self._written:
+            return None
+        return FileRange(self._fd, self._places[digest][0], self._sizes[digest])
 
     def copy_local(self, digests: Iterable[bytes], cancelled: Callable[[], bool] = lambda: False) -> int:
         """Copy those chunks that other sources hold into the partial; bytes copied.

@@ -453,7 +453,7 @@ class Store:
                 self.remember_object(*each, recall=hashed)
             if not keep_chunks:
                 for source in self.catalog.sources("image = ? AND owned", image.id.to_bytes()):
-                    if all(len(self.catalog.locations(d)) > 1 for d in self.catalog.source_digests(source.id)):
+                    if self.catalog.is_spare(source.id):
                         self.catalog.drop_source(source.id)
                         obsolete.append(source)
         self._delete_files(obsolete)

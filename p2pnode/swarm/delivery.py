@@ -2,25 +2,29 @@
 
 Paths that are there already are not fetched. The others go in, references first, while they are still on their way: the
 last piece of each is held back until the whole was verified and passed the gate, and without it no path becomes valid.
+
+A Nix daemon verifies by itself: no path becomes valid there whose NAR hash is not the one it was announced with. So
+where a signature that we trust vouches for that hash, it is enough that the daemon takes the path, and tells the hash.
 """
 
 from __future__ import annotations
 
 import logging
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Sequence
-from contextlib import AsyncExitStack, aclosing, asynccontextmanager
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, aclosing, asynccontextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Generic, Protocol, TypeVar
 
 import trio
 
-from p2pnode.errors import NixError, NixMissing, VerificationFailed
+from p2pnode.errors import DaemonError, NixError, NixMissing, VerificationFailed
+from p2pnode.images.exporter import exporter
 from p2pnode.images.paths import ImagePaths, keep_registered
 from p2pnode.nix.cache_dir import CacheDir, to_cache
 from p2pnode.nix.cli import NixStore, PathInfo, topological_order
-from p2pnode.nix.daemon import OpenNar
+from p2pnode.nix.daemon import Piece
 from p2pnode.nix.into_store import StoreSession, open_session
 from p2pnode.nix.nar_reader import Buffer
 from p2pnode.nix.registered import daemon_socket
@@ -28,10 +32,16 @@ from p2pnode.nix.signatures import SecretKey, SignedInfo
 from p2pnode.nix.storepath import STORE_DIR, StorePath
 from p2pnode.store import Store
 from p2pnode.swarm.gate import Gate
+from protocols.manifest import ImageObject
 
 log = logging.getLogger(__name__)
 
-READ_BATCH = 1 << 20  # bytes of chunks per worker-thread call
+P = TypeVar("P", bound=Piece)
+
+CONNECTIONS = 2
+"""To the Nix daemon, which has a process for each: one path is written while another is hashed and registered."""
+
+READ_BATCH = 1 << 20  # bytes of chunks that are asked for at a time
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,8 +63,19 @@ class ToCache:
     keys: tuple[SecretKey, ...] = ()
 
 
-Here = Callable[[Sequence[bytes]], Awaitable[None]]
-"""Waits until the chunks with these digests have arrived."""
+Take = Callable[[Sequence[bytes]], Awaitable[list[Buffer]]]
+"""Waits until the chunks with these digests have arrived, and gives their bytes, each chunk checked."""
+
+Find = Callable[[Sequence[bytes]], Awaitable[list[Piece]]]
+"""Waits likewise, and gives their bytes as they were written, for somebody who checks the whole."""
+
+
+@dataclass(frozen=True, slots=True)
+class Supply:
+    """Where a delivery has its chunks from."""
+
+    take: Take
+    find: Find
 
 
 class Delivery(Protocol):
@@ -64,7 +85,11 @@ class Delivery(Protocol):
     def present(self) -> frozenset[int]:
         """Objects that are there already."""
 
-    async def deliver(self, gate: Gate, here: Here) -> None:
+    @property
+    def verifies(self) -> bool:
+        """Whether it checks the NAR hash of those objects that are `Gate.signed`, so that nobody else need do it."""
+
+    async def deliver(self, gate: Gate, supply: Supply) -> None:
         """Take all others as they pass the gate."""
 
     async def finish(self) -> Path:
@@ -82,11 +107,12 @@ async def open_delivery(store: Store, paths: ImagePaths, to: IntoStore | ToCache
         yield _CacheDelivery(store, paths, cache, await trio.to_thread.run_sync(_in_cache, cache, paths))
         return
     async with AsyncExitStack() as stack:
-        session = await stack.enter_async_context(open_session(socket=daemon_socket(), store_root=to.store_root))
+        another = partial(open_session, socket=daemon_socket(), store_root=to.store_root)
+        session = await stack.enter_async_context(another())
         if to.add_root is not None:
             await stack.enter_async_context(session.root(to.add_root, paths.root))
         missing = set(await session.missing(paths.paths))
-        delivery = _StoreDelivery(store, paths, session, to, frozenset(_numbers(paths, missing)))
+        delivery = _StoreDelivery(store, paths, session, another, to, frozenset(_numbers(paths, missing)))
         await delivery.adopt_present()
         yield delivery
 
@@ -101,13 +127,22 @@ def _in_cache(cache: CacheDir, paths: ImagePaths) -> frozenset[int]:
 
 
 class _StoreDelivery:
+    verifies = True
+
     def __init__(
-        self, store: Store, paths: ImagePaths, session: StoreSession, to: IntoStore, present: frozenset[int]
+        self,
+        store: Store,
+        paths: ImagePaths,
+        session: StoreSession,
+        another: Callable[[], AbstractAsyncContextManager[StoreSession]],
+        to: IntoStore,
+        present: frozenset[int],
     ) -> None:
         self.present = present
         self._store = store
         self._paths = paths
-        self._session = session
+        self._session = session  # the others' temporary roots are not missed: it has those of all paths
+        self._another = another
         self._to = to
         self._added: list[int] = []
         self._same: list[int] = []
@@ -132,15 +167,71 @@ class _StoreDelivery:
         await self._adopt(self._same, True, None, hashed=False)
         await trio.to_thread.run_sync(keep_registered, self._store, self._paths.image, found)
 
-    async def deliver(self, gate: Gate, here: Here) -> None:
-        check = not gate.trust.off
+    async def deliver(self, gate: Gate, supply: Supply) -> None:
+        missing = {number: trio.Event() for number in range(len(self._paths.paths)) if number not in self.present}
         one_at_a_time = trio.CapacityLimiter(1)
-        async with trio.open_nursery() as nursery, aclosing(_passing(self._paths, gate, self.present)) as passing:
-            async for number, signed in passing:
-                nar = _nars(self._store, self._paths, number, gate, here)
-                await self._session.connection.add_path(signed, nar, check_signatures=check)
-                self._added.append(number)
-                nursery.start_soon(self._adopt, [number], True, one_at_a_time)  # while the daemon takes the next
+        turn = trio.Lock()
+        async with AsyncExitStack() as stack:
+            sessions = [self._session]
+            while len(sessions) < min(CONNECTIONS, len(missing)):
+                sessions.append(await stack.enter_async_context(self._another()))
+            passing = await stack.enter_async_context(aclosing(_passing(self._paths, gate, self.present)))
+            nursery = await stack.enter_async_context(trio.open_nursery())
+
+            async def work(session: StoreSession) -> None:
+                while True:
+                    async with turn:
+                        following = await anext(passing, None)
+                    if following is None:
+                        return
+                    number, signed = following
+                    for reference in self._paths.image.objects[number].references:
+                        if reference != number and reference in missing:
+                            await missing[reference].wait()
+                    if await self._add(session, number, signed, gate, supply):
+                        nursery.start_soon(self._adopt, [number], True, one_at_a_time)  # while others are added
+                    missing[number].set()
+
+            for session in sessions:
+                nursery.start_soon(work, session)
+
+    async def _add(self, session: StoreSession, number: int, signed: SignedInfo, gate: Gate, supply: Supply) -> bool:
+        """Have the daemon make an object valid; False if somebody else did meanwhile, with other contents."""
+        left = await gate.signed(number) is not None
+        add = partial(session.connection.add_path, signed, check_signatures=not gate.trust.off)
+        obj = self._paths.image.objects[number]
+        if left:
+            nar = _Nar(obj, supply.find)
+            try:
+                await add(nar.open)
+            except (DaemonError, VerificationFailed) as error:
+                # What the daemon got was not looked at since it was written: is it the disk's fault, or the image's?
+                await self._verify(number, nar.given, supply.take)
+                if not isinstance(error, VerificationFailed):
+                    raise
+                await add(_Nar(obj, supply.take).open)
+        else:
+            await add(_Nar(obj, supply.take, partial(gate.passed, number)).open)
+        (found,) = await session.path_info([signed.info.path])
+        same = found.info.nar_hash == obj.nar_hash
+        if same:
+            self._added.append(number)
+        else:
+            log.warning("%s was put into the Nix store by somebody else, with other contents", signed.info.path)
+            if left:
+                await self._verify(number, len(obj.layout.digests), supply.take)
+        return same
+
+    async def _verify(self, number: int, count: int, take: Take) -> None:
+        """Check the first `count` chunks of an object, and all of it if that is all. Raises VerificationFailed."""
+        check = exporter(self._store, self._paths.image, None)
+        digests = self._paths.image.objects[number].layout.digests
+        await trio.to_thread.run_sync(check.begin_object, number)
+        for digest in digests[:count]:
+            for piece in await take([digest]):
+                await trio.to_thread.run_sync(check.feed, piece)
+        if count == len(digests):
+            await trio.to_thread.run_sync(check.end_object)
 
     async def _adopt(
         self, numbers: Sequence[int], keep_chunks: bool, limiter: trio.CapacityLimiter | None, hashed: bool = True
@@ -159,6 +250,8 @@ class _StoreDelivery:
 
 
 class _CacheDelivery:
+    verifies = False
+
     def __init__(self, store: Store, paths: ImagePaths, cache: CacheDir, present: frozenset[int]) -> None:
         self.present = present
         self._store = store
@@ -166,11 +259,11 @@ class _CacheDelivery:
         self._cache = cache
         self._added = 0
 
-    async def deliver(self, gate: Gate, here: Here) -> None:
+    async def deliver(self, gate: Gate, supply: Supply) -> None:
         async with aclosing(_passing(self._paths, gate, self.present)) as passing:
             async for number, signed in passing:
-                nar = _nars(self._store, self._paths, number, gate, here)
-                report = await to_cache(self._cache, [signed], nar)
+                nar = _Nar(self._paths.image.objects[number], supply.take, partial(gate.passed, number))
+                report = await to_cache(self._cache, [signed], nar.open)
                 self._added += len(report.added)
         await trio.to_thread.run_sync(self._complete, gate)
 
@@ -207,25 +300,33 @@ async def _passing(
         yield number, await gate.vouched(number)
 
 
-def _nars(store: Store, paths: ImagePaths, number: int, gate: Gate, here: Here) -> OpenNar:
-    """Reads the chunks of one object as they arrive, each checked again on the way; the last when it has passed."""
-    layout = paths.image.objects[number].layout
+class _Nar(Generic[P]):
+    """The NAR of one object, from its chunks as they arrive; the last of it when `passed` has returned.
 
-    async def open_nar(_: PathInfo) -> AsyncGenerator[Buffer, None]:
-        at = 0
-        while at < len(layout.digests):
-            end, size = at, 0
-            while end < len(layout.digests) and size < READ_BATCH:
-                size += layout.sizes[end]
+    `given`: chunks that were given out.
+    """
+
+    def __init__(
+        self,
+        obj: ImageObject,
+        get: Callable[[Sequence[bytes]], Awaitable[list[P]]],
+        passed: Callable[[], Awaitable[object]] | None = None,
+    ) -> None:
+        self.given = 0
+        self._layout = obj.layout
+        self._get = get
+        self._passed = passed
+
+    async def open(self, _: PathInfo) -> AsyncGenerator[P, None]:
+        digests, sizes = self._layout.digests, self._layout.sizes
+        while self.given < len(digests):
+            end, size = self.given, 0
+            while end < len(digests) and size < READ_BATCH:
+                size += sizes[end]
                 end += 1
-            await here(layout.digests[at:end])
-            if end == len(layout.digests):
-                await gate.passed(number)
-            yield await trio.to_thread.run_sync(_read, store, layout.digests[at:end])
-            at = end
-
-    return open_nar
-
-
-def _read(store: Store, digests: Sequence[bytes]) -> bytes:
-    return b"".join(store.read(digest) for digest in digests)
+            batch = await self._get(digests[self.given : end])
+            if end == len(digests) and self._passed is not None:
+                await self._passed()
+            self.given = end
+            for piece in batch:
+                yield piece

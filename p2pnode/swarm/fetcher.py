@@ -33,13 +33,15 @@ from p2pnode.failures import most_telling
 from p2pnode.images.exporter import Exporter, exporter
 from p2pnode.images.output import check_output
 from p2pnode.images.paths import STORE_KINDS
+from p2pnode.nix.daemon import Piece
+from p2pnode.nix.file_range import FileRange
 from p2pnode.nix.trust_policy import NO_TRUST, Trust
 from p2pnode.progress import Progress, Report, silent
 from p2pnode.store import Store
 from p2pnode.store.landing import Landing
 from p2pnode.store.records import Origin, Pin
 from p2pnode.store.space import check_space
-from p2pnode.swarm.delivery import Delivery, IntoStore, ToCache, open_delivery
+from p2pnode.swarm.delivery import Delivery, IntoStore, Supply, Take, ToCache, open_delivery
 from p2pnode.swarm.download import Download
 from p2pnode.swarm.exchange import Exchange, manifest_id
 from p2pnode.swarm.gate import PATIENCE, POLL, Gate
@@ -47,7 +49,7 @@ from p2pnode.swarm.holdings import chunk_key
 from p2pnode.threads import in_thread
 from protocols.cid import CID, CID_SIZE, DIGEST_SIZE
 from protocols.errors import ManifestError
-from protocols.exchange.messages import Payload
+from protocols.exchange.messages import Buffer, Payload
 from protocols.exchange.state import DownloadStats
 from protocols.manifest import MAX_BLOCK, Image, ImageAssembler
 
@@ -157,9 +159,15 @@ class _Recent:
             while self._size > RECENT_BYTES:
                 self._drop(next(iter(self._chunks)))
 
-    def take(self, digest: bytes) -> Payload | None:
+    def take(self, digests: Sequence[bytes]) -> list[Payload]:
+        """As many of the first `digests` as are there."""
+        taken: list[Payload] = []
         with self._lock:
-            return self._drop(digest)
+            for digest in digests:
+                if (pieces := self._drop(digest)) is None:
+                    break
+                taken.append(pieces)
+        return taken
 
     def _drop(self, digest: bytes) -> Payload | None:
         pieces = self._chunks.pop(digest, None)
@@ -484,9 +492,10 @@ class Fetcher:
                     nursery.start_soon(self._search, image.id, searched)
                 nursery.start_soon(download.fails)
                 delivered = trio.Event()
+                supply = Supply(partial(self._take, arrivals, recent), partial(self._find, arrivals, recent, landing))
                 if delivery is not None:
-                    nursery.start_soon(self._deliver, delivery, gate, arrivals, delivered)
-                await self._verify(image, gate, present, arrivals, recent)
+                    nursery.start_soon(self._deliver, delivery, gate, supply, delivered)
+                await self._verify(image, gate, delivery, arrivals, supply.take)
                 if delivery is not None:
                     await delivered.wait()
                 if options.mirror:
@@ -505,15 +514,15 @@ class Fetcher:
             raise
         return path
 
-    async def _deliver(self, delivery: Delivery, gate: Gate, arrivals: _Arrivals, delivered: trio.Event) -> None:
-        await delivery.deliver(gate, arrivals.wait_for)
+    async def _deliver(self, delivery: Delivery, gate: Gate, supply: Supply, delivered: trio.Event) -> None:
+        await delivery.deliver(gate, supply)
         delivered.set()
 
     async def _verify(
-        self, image: Image, gate: Gate, present: frozenset[int], arrivals: _Arrivals, recent: _Recent
+        self, image: Image, gate: Gate, delivery: Delivery | None, arrivals: _Arrivals, take: Take
     ) -> None:
         """Hash, judge and export objects as their chunks land: first those that are complete."""
-        waiting = set(range(len(image.objects))) - present
+        waiting = set(range(len(image.objects))) - (frozenset() if delivery is None else delivery.present)
         while waiting:
             index = arrivals.take_whole()
             if index is None and len(waiting) == 1:
@@ -524,52 +533,73 @@ class Fetcher:
             if index not in waiting:
                 continue  # followed above while it became whole
             waiting.remove(index)
+            if delivery is not None and delivery.verifies and await gate.signed(index) is not None:
+                continue
             layout = image.objects[index].layout
             await trio.to_thread.run_sync(gate.begin_object, index)
-            await self._feed(layout.digests, layout.sizes, gate, arrivals, recent)
+            await self._feed(layout.digests, layout.sizes, gate, take)
             await trio.to_thread.run_sync(gate.end_object)
             await gate.judge(index)
 
-    async def _feed(
-        self, digests: Sequence[bytes], sizes: Sequence[int], export: Exporter, arrivals: _Arrivals, recent: _Recent
-    ) -> None:
+    async def _feed(self, digests: Sequence[bytes], sizes: Sequence[int], export: Exporter, take: Take) -> None:
         at = 0
-        reloads: dict[bytes, int] = {}
         while at < len(digests):
             end, size = at, 0
-            while end < len(digests) and size < FEED_BATCH:
+            while end < len(digests) and size < FEED_BATCH:  # waking a thread costs more than hashing one chunk
                 size += sizes[end]
                 end += 1
-            count = arrivals.ready(digests[at:end])
-            if at + count < end:  # waking a thread costs more than hashing one chunk
-                await arrivals.wait()
-                continue
-            done, lost = await trio.to_thread.run_sync(self._feed_some, digests[at : at + count], export, recent)
-            at += done
-            if lost is not None:
-                reloads[lost] = reloads.get(lost, 0) + 1
-                if reloads[lost] > RELOADS:
-                    raise StoreError(
-                        f"chunk {lost.hex()} was damaged on disk {RELOADS} times after it had been verified"
-                    )
-                arrivals.lost(lost)
-                if await trio.to_thread.run_sync(self._store.has, lost):
-                    arrivals.arrived([chunk_key(lost)])  # it came again before we knew
-                else:  # its row may never have been committed, and then nobody has told the exchange
-                    self._exchange.want([chunk_key(lost)])
+            await trio.to_thread.run_sync(_feed_all, export, await take(digests[at:end]))
+            at = end
 
-    def _feed_some(self, digests: Sequence[bytes], export: Exporter, recent: _Recent) -> tuple[int, bytes | None]:
-        for done, digest in enumerate(digests):
-            pieces = recent.take(digest)
-            if pieces is None:
-                try:
-                    pieces = (self._store.read(digest),)
-                except ChunkUnavailable as exc:
-                    log.warning("fetching again: %s", exc)
-                    return done, digest
-            for piece in pieces:
-                export.feed(piece)
-        return len(digests), None
+    async def _take(self, arrivals: _Arrivals, recent: _Recent, digests: Sequence[bytes]) -> list[Buffer]:
+        """Chunks, when all of them are here. What turns out to be damaged on disk is fetched again."""
+        taken: list[Payload] = []
+        reloads: dict[bytes, int] = {}
+        while len(taken) < len(digests):
+            await arrivals.wait_for(digests[len(taken) :])
+            taken += recent.take(digests[len(taken) :])
+            if len(taken) == len(digests):
+                break
+            read, lost = await trio.to_thread.run_sync(self._read, digests[len(taken) :], recent)
+            taken += read
+            if lost is None:
+                continue
+            reloads[lost] = reloads.get(lost, 0) + 1
+            if reloads[lost] > RELOADS:
+                raise StoreError(f"chunk {lost.hex()} was damaged on disk {RELOADS} times after it had been verified")
+            arrivals.lost(lost)
+            if await trio.to_thread.run_sync(self._store.has, lost):
+                arrivals.arrived([chunk_key(lost)])  # it came again before we knew
+            else:  # its row may never have been committed, and then nobody has told the exchange
+                self._exchange.want([chunk_key(lost)])
+        return [piece for pieces in taken for piece in pieces]
+
+    async def _find(
+        self, arrivals: _Arrivals, recent: _Recent, landing: Landing, digests: Sequence[bytes]
+    ) -> list[Piece]:
+        """Where chunks were written, when all of them are here; the bytes of those that lie elsewhere."""
+        await arrivals.wait_for(digests)
+        found: list[Piece] = []
+        for digest in digests:
+            place, last = landing.place(digest), found[-1] if found else None
+            if place is None:
+                found += await self._take(arrivals, recent, [digest])
+            elif isinstance(last, FileRange) and last.offset + last.length == place.offset:
+                found[-1] = FileRange(place.fd, last.offset, last.length + place.length)
+            else:
+                found.append(place)
+        return found
+
+    def _read(self, digests: Sequence[bytes], recent: _Recent) -> tuple[list[Payload], bytes | None]:
+        """As many of the first `digests` as can be read, and the one that cannot."""
+        found: list[Payload] = []
+        for digest in digests:
+            try:
+                found += recent.take([digest]) or [(self._store.read(digest),)]
+            except ChunkUnavailable as exc:
+                log.warning("fetching again: %s", exc)
+                return found, digest
+        return found, None
 
     async def _watch(self, image: Image, timeout: float, report: Report) -> None:
         """Report progress; end the fetch when nothing has come for `timeout` seconds."""
@@ -594,6 +624,11 @@ class Fetcher:
             phase = "fetching" if stats.remaining else "verifying"
             report(Progress(phase, total - stats.remaining_bytes, total, stats.peers, note))
             await trio.sleep(REPORT_INTERVAL)
+
+
+def _feed_all(export: Exporter, pieces: Sequence[Buffer]) -> None:
+    for piece in pieces:
+        export.feed(piece)
 
 
 def _liars(root: CID, banned: Collection[str]) -> str:

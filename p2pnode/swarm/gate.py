@@ -54,6 +54,7 @@ class Gate:
         self._checked: set[int] = set()
         self._index = -1
         self._passed: dict[int, trio.Event] = {}
+        self._signed: dict[int, SignedInfo] = {}
 
     # Exporter
 
@@ -138,15 +139,25 @@ class Gate:
     def _event(self, index: int) -> trio.Event:
         return self._passed.setdefault(index, trio.Event())
 
-    async def vouched(self, index: int) -> SignedInfo:
-        """Wait until it is known who vouches for a path: whoever takes its contents then must not have the last of them
-        before it `passed`. Raises UsageError as that does."""
-        assert self.paths is not None
-        while self._judging and not self._event(index).is_set():
-            await trio.to_thread.run_sync(self.paths.reload_if_changed)
+    async def signed(self, index: int) -> SignedInfo | None:
+        """What a trusted signature says of an object: all that is left to be checked is that it has its NAR hash.
+
+        None if there is none yet, or nothing is judged. Once it is not None it stays so.
+        """
+        found = self._signed.get(index)
+        if found is None and self._judging and self.paths is not None:
+            await self.paths.refresh()
             best = self.paths.best(index, self.trust.keys)
             if best is not None and best[1].trusted and not best[1].needs_contents:
-                return best[0]
+                found = self._signed[index] = best[0]
+        return found
+
+    async def vouched(self, index: int) -> SignedInfo:
+        """Wait until it is known who vouches for a path: whoever takes its contents then must not have the last of them
+        before it `passed`, unless they check the NAR hash themselves. Raises UsageError as that does."""
+        while self._judging and not self._event(index).is_set():
+            if (signed := await self.signed(index)) is not None:
+                return signed
             with trio.move_on_after(POLL):
                 await self._heard()
         return await self.passed(index)
@@ -158,7 +169,7 @@ class Gate:
         """
         await self._event(index).wait()
         assert self.paths is not None
-        await trio.to_thread.run_sync(self.paths.reload_if_changed)
+        await self.paths.refresh()
         best = self.paths.best(index, self.trust.keys)
         if best is None:
             raise UsageError(
