@@ -215,3 +215,55 @@ async def test_references_in_a_circle_are_the_images_fault(
     with pytest.raises(VerificationFailed, match="refers to itself"):
         await leech.fetch(bad.id, to=IntoStore(store.root), trust=Trust(TRUST.keys, False))
     assert store.valid() == set()
+
+
+async def test_what_the_disk_damaged_comes_again(world: World, seed: tuple[Peer, Image], store: ChrootStore) -> None:
+    """The daemon gets chunks as they were written; that it refuses them makes us look again."""
+    leech, image = await world.peer("leech"), seed[1]
+    await leech.fetch(image.id, trust=TRUST)
+    (source,) = leech.store.catalog.sources("owned")
+    with source.path.open("r+b") as pack:
+        pack.seek(200_000)
+        byte = pack.read(1)
+        pack.seek(200_000)
+        pack.write(bytes([byte[0] ^ 1]))
+    again = await fetch(leech, image, store)
+    assert 0 < again.received_bytes < SIZE, "the damaged chunk, and nothing else"
+    assert store.valid() == {DEP, LIB, TOP} and store.real(DEP).read_bytes() == data("dep")
+    assert leech.store.stats().owned_bytes == 0 and leech.store.verify(image.id).ok
+
+
+async def test_contents_that_a_signature_was_not_made_for_are_the_images_fault(
+    world: World, seed: tuple[Peer, Image], store: ChrootStore
+) -> None:
+    leech, (peer, image) = await world.peer("leech"), seed
+    dep, lib, top = image.objects
+    objects = [ImageObject(dep.path, dep.size, lib.layout, dep.nar_hash, None, dep.references), lib, top]
+    encoded = encode_image(Kind.CLOSURE, {"root": 2}, objects)
+    peer.store.put_blocks(encoded.blocks)
+    bad = Image(encoded.id, Kind.CLOSURE, {"root": 2}, tuple(objects), tuple(encoded.blocks))
+    peer.store.add_image(bad, name="bad", origin=Origin.PROVIDED, complete=True, path=None)
+    peer.router.provide([bad.id.to_bytes()])
+    with pytest.raises(VerificationFailed, match="NAR hash is not the one its image promises"):
+        await fetch(leech, bad, store)
+    assert store.valid() == set()
+    record = leech.store.record(bad.id)
+    assert record is not None and not record.complete
+
+
+async def test_a_path_that_somebody_else_makes_valid_meanwhile_is_left_alone(
+    world: World, seed: tuple[Peer, Image], store: ChrootStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    leech, image = await world.peer("leech"), seed[1]
+    add_path = DaemonConnection.add_path
+
+    async def late(self: DaemonConnection, signed: SignedInfo, *args: Any, **options: Any) -> None:
+        if signed.info.path == DEP:
+            store.register([(DEP, b"built here, and not reproducible", [])])
+        await add_path(self, signed, *args, **options)
+
+    monkeypatch.setattr(DaemonConnection, "add_path", late)
+    fetched = await fetch(leech, image, store)
+    assert fetched.delivered["store"]["added"] == 2
+    assert store.real(DEP).read_bytes() == b"built here, and not reproducible"
+    assert leech.store.verify(image.id).ok, "the image's own contents of it are kept"
