@@ -41,7 +41,7 @@ P = TypeVar("P", bound=Piece)
 CONNECTIONS = 2
 """To the Nix daemon, which has a process for each: one path is written while another is hashed and registered."""
 
-READ_BATCH = 1 << 20  # bytes of chunks that are asked for at a time
+READ_BATCH = 4 << 20  # bytes of chunks that are asked for at a time
 
 
 @dataclass(frozen=True, slots=True)
@@ -207,9 +207,10 @@ class _StoreDelivery:
             except (DaemonError, VerificationFailed) as error:
                 # What the daemon got was not looked at since it was written: is it the disk's fault, or the image's?
                 await self._verify(number, nar.given, supply.take)
-                if not isinstance(error, VerificationFailed):
-                    raise
-                await add(_Nar(obj, supply.take).open)
+                try:
+                    await add(_Nar(obj, supply.take).open)
+                except DaemonError:
+                    raise error from None
         else:
             await add(_Nar(obj, supply.take, partial(gate.passed, number)).open)
         (found,) = await session.path_info([signed.info.path])
