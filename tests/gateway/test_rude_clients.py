@@ -12,7 +12,8 @@ import pytest
 import trio
 
 from p2pnode.gateway import http
-from tests.gateway.nodes import World, content
+from tests.gateway.nodes import World
+from tests.swarm.peers import content
 
 HUNDREDS = 400  # half again as many as there may be connections
 
