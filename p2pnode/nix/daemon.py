@@ -250,7 +250,7 @@ class DaemonConnection:
         # A descriptor of our own: a thread that outlives the connection must not meet another file under its number.
         with socket.socket(fileno=os.dup(self._stream.socket.fileno())) as plain:
             try:
-                await trio.to_thread.run_sync(send_all, plain, parts)
+                await trio.to_thread.run_sync(send_all, plain, parts, trio.from_thread.check_cancelled)
             except OSError as error:
                 raise trio.BrokenResourceError from error
 

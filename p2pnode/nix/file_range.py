@@ -6,9 +6,8 @@ import errno
 import os
 import select
 import socket
+from collections.abc import Callable
 from dataclasses import dataclass
-
-import trio
 
 from p2pnode.errors import StoreError
 
@@ -45,10 +44,10 @@ class FileRange:
         return [FileRange(self.fd, self.offset + at, min(size, self.length - at)) for at in starts]
 
 
-def send_all(sock: socket.socket, parts: list[bytes | FileRange]) -> None:
+def send_all(sock: socket.socket, parts: list[bytes | FileRange], check_cancelled: Callable[[], None]) -> None:
     """Send parts one after the other through a socket that does not block.
 
-    For worker threads of trio, where it can be cancelled. Raises OSError of the socket, StoreError.
+    Blocks; `check_cancelled` is called now and then meanwhile and may raise. Raises OSError of the socket, StoreError.
     """
     writable = select.poll()
     writable.register(sock, select.POLLOUT)
@@ -59,7 +58,7 @@ def send_all(sock: socket.socket, parts: list[bytes | FileRange]) -> None:
                 sent += _send(sock, part, sent)
             except BlockingIOError:
                 if not writable.poll(_POLL_MS):
-                    trio.from_thread.check_cancelled()
+                    check_cancelled()
 
 
 def _send(sock: socket.socket, part: bytes | FileRange, sent: int) -> int:

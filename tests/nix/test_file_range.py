@@ -17,6 +17,10 @@ from p2pnode.nix.file_range import FileRange, send_all
 SIZE = 3 << 20
 
 
+async def send(sock: socket.socket, parts: list[bytes | FileRange]) -> None:
+    await trio.to_thread.run_sync(send_all, sock, parts, trio.from_thread.check_cancelled)
+
+
 @pytest.fixture
 def pair() -> Iterator[tuple[socket.socket, socket.socket]]:
     ours, theirs = socket.socketpair()
@@ -69,7 +73,7 @@ async def test_parts_arrive_in_order(
 
     async with trio.open_nursery() as nursery:
         nursery.start_soon(trio.to_thread.run_sync, receive)
-        await trio.to_thread.run_sync(send_all, pair[0], parts)
+        await send(pair[0], parts)
     assert got == expected
     assert whole.read() == contents[5:]
 
@@ -78,18 +82,18 @@ async def test_a_file_that_became_shorter(pair: tuple[socket.socket, socket.sock
     piece = FileRange(fd, 0, SIZE)
     os.ftruncate(fd, 1000)
     with pytest.raises(StoreError, match="ends before"):
-        await trio.to_thread.run_sync(send_all, pair[0], [piece])
+        await send(pair[0], [piece])
     with pytest.raises(StoreError, match="ends before"):
         piece.read()
 
 
 async def test_it_can_be_cancelled_while_nobody_reads(pair: tuple[socket.socket, socket.socket], fd: int) -> None:
     with trio.move_on_after(0.2) as scope:
-        await trio.to_thread.run_sync(send_all, pair[0], [FileRange(fd, 0, SIZE)])
+        await send(pair[0], [FileRange(fd, 0, SIZE)])
     assert scope.cancelled_caught
 
 
 async def test_a_reader_that_went_away(pair: tuple[socket.socket, socket.socket], fd: int) -> None:
     pair[1].close()
     with pytest.raises(BrokenPipeError):
-        await trio.to_thread.run_sync(send_all, pair[0], [FileRange(fd, 0, SIZE)])
+        await send(pair[0], [FileRange(fd, 0, SIZE)])
