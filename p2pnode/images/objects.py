@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
+import signal
 import stat
 import time
 from collections.abc import Callable
@@ -50,7 +52,7 @@ class ImportRun:
         except OSError as error:
             raise PathError(f"{path} cannot be read: {os.strerror(error.errno or 0)}") from error
         try:
-            began = time.time_ns()
+            began, unwritten = time.time_ns(), _nobody_writes(fd)
             status = os.fstat(fd)
             if not stat.S_ISREG(status.st_mode):
                 raise PathError(f"{path} is not a regular file")
@@ -71,7 +73,7 @@ class ImportRun:
             after = os.fstat(fd)
             if size != stamp.size or FileStamp.of(after) != stamp:
                 raise PathError(f"{path} changed while it was being read; try again when nothing writes to it")
-            if after.st_ctime_ns == status.st_ctime_ns < began - CLOCK_TICK_NS:
+            if unwritten and after.st_ctime_ns == status.st_ctime_ns < began - CLOCK_TICK_NS:
                 stamp = replace(stamp, ctime_ns=status.st_ctime_ns)
         except OSError as error:
             raise PathError(f"{path} cannot be read: {os.strerror(error.errno or 0)}") from error
@@ -135,3 +137,20 @@ class ImportRun:
         held = self.store.held(chunks)
         self.new_bytes += sum(size for size, here in zip(chunks.values(), held, strict=True) if not here)
         self.store.remember_object(key, obj, original)
+
+
+def _nobody_writes(fd: int) -> bool:
+    """Whether no process has the file open for writing, or mapped so; False also where the kernel does not tell.
+
+    What is written through a mapping to a page that is dirty already comes without a new ctime (on tmpfs always);
+    whoever opens the file after this changes the ctime with the first write. The kernel gives read leases only where
+    there is no writer, and to the owner only (fcntl(2)). It tells of one who comes before we give it back with a
+    signal that is ignored.
+    """
+    try:
+        fcntl.fcntl(fd, fcntl.F_SETSIG, signal.SIGURG)  # the usual one, SIGIO, would end the process
+        fcntl.fcntl(fd, fcntl.F_SETLEASE, fcntl.F_RDLCK)
+        fcntl.fcntl(fd, fcntl.F_SETLEASE, fcntl.F_UNLCK)
+    except OSError:
+        return False
+    return True

@@ -79,7 +79,11 @@ CREATE TABLE claims (               -- see store/claims.py
 CREATE INDEX claims_nar ON claims (nar_hash);
 """
 
-_CTIMES = "ALTER TABLE sources ADD COLUMN ctime_ns INTEGER"  # see FileStamp
+# See FileStamp. `boot`: when the ctimes were taken.
+_CTIMES = """
+ALTER TABLE sources ADD COLUMN ctime_ns INTEGER;
+CREATE TABLE boot (id TEXT NOT NULL) STRICT;
+"""
 
 _MIRRORS = """
 CREATE TABLE mirrors (              -- see store/mirrors.py
@@ -145,9 +149,23 @@ class Catalog:
                 f"the catalog {self.path} has schema version {version}, and this p2pnode knows {SCHEMA_VERSION}; "
                 "use the version of p2pnode that made it, or another --home"
             )
+        self._forget_ctimes_of_another_boot()
         # A damaged header or schema shows here; a damaged page when it is first read.
         for table in ("images", "sources", "problems"):
             db.execute(f"SELECT * FROM {table} LIMIT 1").fetchall()
+
+    def _forget_ctimes_of_another_boot(self) -> None:
+        """After a power cut a file may have its new ctime and its old bytes."""
+        try:
+            boot = Path("/proc/sys/kernel/random/boot_id").read_text()
+        except OSError:
+            boot = ""  # cannot be told: none is good for longer than this process
+        if boot and self._db.execute("SELECT id FROM boot").fetchall() == [(boot,)]:
+            return
+        with self.transaction() as db:
+            db.execute("DELETE FROM boot")
+            db.execute("INSERT INTO boot VALUES (?)", (boot,))
+            db.execute("UPDATE sources SET ctime_ns = NULL WHERE ctime_ns IS NOT NULL")
 
     def close(self) -> None:
         with self._lock:

@@ -108,7 +108,7 @@ class FileStamp:
     """What tells that a file is still the one that was read: device, inode, size in bytes, mtime in ns.
 
     `ctime_ns`: if known, whatever was written to the file after its bytes were hashed has changed this one. (A program
-    can set an mtime back, but not a ctime.)
+    can set an mtime back, but not a ctime.) The catalog forgets it when the machine starts again.
     """
 
     dev: int

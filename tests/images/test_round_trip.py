@@ -1,10 +1,12 @@
 from __future__ import annotations
 
+import mmap
 import os
 import random
 import shutil
 import socket
 import subprocess
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -178,6 +180,43 @@ def test_originals_are_hashed_again_unless_nothing_can_have_been_written(
     assert blake3(store.read(first)).digest() == first and hashed
     with pytest.raises(ChunkUnavailable, match="do not match"):
         store.read(last)
+
+
+@pytest.mark.parametrize("place", ["disk", "memory"])
+def test_originals_that_somebody_has_mapped_are_hashed_again(store: Store, tmp_path: Path, place: str) -> None:
+    """What is written through a mapping to a page that is dirty already does not change the file's ctime."""
+    with tempfile.TemporaryDirectory(dir=tmp_path if place == "disk" else "/dev/shm") as folder:
+        path = Path(folder, "file")
+        path.write_bytes(random.Random(1).randbytes(2_000_000))
+        with path.open("r+b") as file, mmap.mmap(file.fileno(), 0) as mapped:
+            mapped[-1] ^= 1
+            long_ago = path.stat().st_ctime_ns
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr("p2pnode.images.objects.CLOCK_TICK_NS", 0)
+                done = import_path(store, path).image
+            mapped[-1] ^= 1
+            assert path.stat().st_ctime_ns == long_ago or place == "disk", "the disk may just have been written to"
+            with pytest.raises(ChunkUnavailable, match="do not match"):
+                store.read(list(done.chunks)[-1])
+
+
+def test_originals_are_hashed_again_after_a_restart_of_the_machine(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A power cut may leave old bytes under a new ctime."""
+    hashed = []
+    monkeypatch.setattr("p2pnode.images.objects.CLOCK_TICK_NS", 0)
+    path = tmp_path / "file"
+    path.write_bytes(b"x" * 100_000)
+    with Store.open(tmp_path / "home") as store:
+        (chunk,) = import_path(store, path).image.chunks
+    monkeypatch.setattr("p2pnode.store.store.blake3", lambda data: hashed.append(1) or blake3(data))
+    with Store.open(tmp_path / "home") as store:
+        assert store.read(chunk) and not hashed
+        with store.catalog.transaction() as db:
+            db.execute("UPDATE boot SET id = 'another'")
+    with Store.open(tmp_path / "home") as store:
+        assert store.read(chunk) and hashed
 
 
 @pytest.mark.parametrize("harm", ["truncate", "unlink", "replace", "directory", "fifo"])

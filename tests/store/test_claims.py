@@ -71,7 +71,7 @@ def test_a_catalog_of_the_first_version_is_taken_over(tmp_path: Path) -> None:
     with Store.open(tmp_path / "home") as store:
         image = keep_tree(store, tmp_path / "tree")
     with sqlite3.connect(tmp_path / "home/store/catalog.sqlite") as db:
-        for table in ("claims", "mirrors", "mirrored"):
+        for table in ("claims", "mirrors", "mirrored", "boot"):
             db.execute(f"DROP TABLE {table}")
         db.execute("ALTER TABLE sources DROP COLUMN ctime_ns")
         db.execute("PRAGMA user_version = 1")
