@@ -91,7 +91,8 @@ def chunk_stream(
     sizes: list[int] = []
     # The tail that waits for more bytes (always below max_size) is carried to the front of the next window.
     carry_limit = chunking.max_size
-    free = deque(bytearray(carry_limit + window_size) for _ in range(WINDOWS))
+    free = deque[bytearray]()
+    windows = 0
     running: deque[tuple[Future[list[bytes]], bytearray]] = deque()
     carry = memoryview(b"")
     last = False
@@ -105,9 +106,13 @@ def chunk_stream(
         while not last:
             check_cancelled(cancelled)
             # The carried bytes lie in the window before this one, so two must not be given back.
-            while not free:
+            while not free and windows == WINDOWS:
                 collect()
-            window = free.popleft()
+            if free:
+                window = free.popleft()
+            else:
+                window = bytearray(carry_limit + window_size)
+                windows += 1
             view = memoryview(window)
             start = len(carry)
             view[:start] = carry
@@ -121,6 +126,9 @@ def chunk_stream(
             advance(filled - start)
             ends = list(cut(view[:filled], chunking, last=last))
             sizes.extend(_lengths(ends))
+            if last and not running:  # nothing to do meanwhile: most store paths are tiny, and a thread costs more
+                digests.extend(_hash(view[:filled], start, ends, whole))
+                break
             job = hashing.submit(_hash, view[:filled], start, ends, whole)
             running.append((job, window))
             carry = view[ends[-1] if ends else 0 : filled]
