@@ -19,7 +19,7 @@ from p2pnode.nix.storepath import infer_ca
 from p2pnode.store import Store
 from p2pnode.store.landing import Landing
 from p2pnode.store.records import Origin
-from protocols.manifest import Chunking, Image, ImageObject, Kind, encode_image
+from protocols.manifest import Chunking, Image, ImageObject, Kind, Layout, encode_image
 
 LANDING_BATCH = 4 << 20  # bytes of chunks that are written in one go
 
@@ -106,22 +106,37 @@ def read_nar(
     chunked = chunk_stream(fill, chunking, check, advance=advance, cancelled=cancelled, window_size=window)
     if at != info.nar_size or chunked.digest != info.nar_hash:
         raise VerificationFailed(f"the NAR of {info.path} does not have the hash and size that it should have")
-    flat = check.finish()
+    return _store_path_object(info, chunked.layout, check.finish())
+
+
+def known_nar(store: Store, obj: ImageObject, info: PathInfo) -> ImageObject:
+    """`obj`, which has the same NAR and is here, as the only object of an image of `info.path`. Blocks.
+
+    Raises ChunkUnavailable.
+    """
+    if obj.path != info.path.base_name or (obj.ca is not None and not names_path(replace(info, ca=obj.ca))):
+        return _store_path_object(info, obj.layout, _flat_sha256(store, obj))
+    return replace(_store_path_object(info, obj.layout, None), ca=obj.ca)
+
+
+def _flat_sha256(store: Store, obj: ImageObject) -> bytes | None:
+    """The hash of the contents, if the NAR of an object that is here is that of a small plain file."""
+    if obj.size > FLAT_CA_LIMIT:
+        return None
+    root = _Root()
+    reader = NarReader(root, max_size=obj.size)
+    for digest in obj.layout.digests:
+        reader.feed(memoryview(store.read(digest)))
+        if root.flat_sha256 is None:  # the first bytes tell
+            return None
+    return root.flat_sha256
+
+
+def _store_path_object(info: PathInfo, layout: Layout, flat: bytes | None) -> ImageObject:
     address = infer_ca(info.path, info.nar_hash, info.references, flat)
-    obj = ImageObject(
-        info.path.base_name, at, chunked.layout, chunked.digest, ca=None if address is None else str(address)
-    )
-    return as_store_path_object(obj, info)
-
-
-def as_store_path_object(obj: ImageObject, info: PathInfo) -> ImageObject:
-    """`obj`, which has the same NAR, as the only object of an image of `info.path`."""
-    ca = obj.ca
-    if obj.path != info.path.base_name or (ca is not None and not names_path(replace(info, ca=ca))):
-        address = infer_ca(info.path, info.nar_hash, info.references)
-        ca = None if address is None else str(address)
     itself = (0,) if info.path in info.references else ()
-    return ImageObject(info.path.base_name, obj.size, obj.layout, obj.nar_hash, None, itself, ca)
+    ca = None if address is None else str(address)
+    return ImageObject(info.path.base_name, info.nar_size, layout, info.nar_hash, None, itself, ca)
 
 
 def add_store_path(

@@ -13,7 +13,7 @@ import hashlib
 import os
 import time
 from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
-from contextlib import aclosing, contextmanager
+from contextlib import aclosing, contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -24,6 +24,7 @@ import trio
 from p2pnode.errors import (
     CacheError,
     Cancelled,
+    ChunkUnavailable,
     DiskFull,
     NixError,
     NodeError,
@@ -36,7 +37,7 @@ from p2pnode.errors import (
 )
 from p2pnode.failures import most_telling
 from p2pnode.images.importer import Imported
-from p2pnode.images.nar_file import add_store_path, as_store_path_object, land_nar, read_nar
+from p2pnode.images.nar_file import add_store_path, known_nar, land_nar, read_nar
 from p2pnode.images.paths import claims_of
 from p2pnode.nix.binary_cache import BinaryCache, FileCache, open_cache
 from p2pnode.nix.cli import PathInfo
@@ -350,7 +351,8 @@ class _Run:
                 continue
             obj = image.objects[number]
             if obj.size == info.nar_size and self._store.look_again(obj.layout.digests, quietly=True):
-                return as_store_path_object(obj, info)
+                with suppress(ChunkUnavailable):
+                    return known_nar(self._store, obj, info)
         return None
 
     def _number(self, image: Image, nar_hash: bytes) -> int | None:
