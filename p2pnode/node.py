@@ -13,8 +13,8 @@ import gc
 import logging
 import math
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
-from contextlib import asynccontextmanager, suppress
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from contextlib import asynccontextmanager
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,17 +22,17 @@ from typing import TYPE_CHECKING, Any
 import trio
 
 from p2pnode import __version__, home, link, local
+from p2pnode.announcing import Announcer
 from p2pnode.config import Config
-from p2pnode.errors import NodeError, PeerUnreachable, RemoteError, StoreError, UsageError
+from p2pnode.errors import NodeError, UsageError
 from p2pnode.gateway.peers import NarinfoServer
-from p2pnode.gateway.records import PathRecords, hash_parts
+from p2pnode.gateway.records import PathRecords
 from p2pnode.images.chunker import check_cancelled
 from p2pnode.images.importer import import_path
 from p2pnode.images.paths import keep_claims
-from p2pnode.net import addresses
+from p2pnode.neighbours import Neighbours, by_peer, find_providers
 from p2pnode.net.addressbook import AddressBook
 from p2pnode.net.identity import Identity
-from p2pnode.net.transport import Provider, Router
 from p2pnode.nix import trust_policy
 from p2pnode.nix.registered import read_secret_keys
 from p2pnode.progress import Progress, Report, silent
@@ -41,14 +41,11 @@ from p2pnode.store.records import Pin
 from p2pnode.swarm.delivery import IntoStore, ToCache
 from p2pnode.swarm.exchange import Exchange
 from p2pnode.swarm.fetcher import Fetched, Fetcher, FetchOptions
-from p2pnode.swarm.holdings import chunk_key
 from p2pnode.swarm.mirroring import Mirroring
 from p2pnode.swarm.publishing import CatalogServer
 from p2pnode.threads import in_thread
-from protocols.catalog import publisher_key
-from protocols.cid import CID, Codec
-from protocols.manifest import FASTCDC, Chunking, Image, ImageObject, Kind
-from protocols.narinfo import nar_key, provider_key
+from protocols.cid import CID
+from protocols.manifest import FASTCDC, Chunking, Kind
 
 if TYPE_CHECKING:
     from p2pnode.gateway.gateway import Gateway
@@ -58,12 +55,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 AGENT = f"p2pnode/{__version__}"
-BOOTSTRAP_RETRY = 5.0
-BOOTSTRAP_RETRY_MAX = 20.0  # a node that is alone notices within 30 s that it need not be
-BOOTSTRAP_WAIT = 10.0  # the longest a search waits for the first connections
 GOODBYE_SECONDS = 2.5
-MAX_PROVIDERS = 32  # of one key that are joined
-SURVEY_INTERVAL = 300.0  # s between looks at which store paths that are served from the Nix store are still there
 
 
 class Node:
@@ -75,16 +67,16 @@ class Node:
         self._network = network
         self._router = router
         self._exchange = exchange
-        self._fetcher = Fetcher(store, exchange, self._discover, self._announce)
-        self._records = PathRecords(store)
-        self._mirroring = Mirroring(store, self._keep, network, self._reach)
-        self._gateway: Gateway | None = None
         self._running: dict[CID, trio.Lock] = {}
+        self._records = PathRecords(store)
+        self._neighbours = Neighbours(config, network, router, exchange)
+        publisher = network.peer_id if config.publish else None
+        self._announcer = Announcer(store, router, exchange, self._records, publisher, self._running)
+        self._fetcher = Fetcher(store, exchange, self._neighbours.discover, self._announcer.fetching)
+        self._mirroring = Mirroring(store, self._keep, network, self._neighbours.reach)
+        self._gateway: Gateway | None = None
         self._read_later, self._unread = trio.open_memory_channel[CID](math.inf)
         self._started = time.time()
-        self._untried = set(config.bootstrap)
-        self._bootstrapped = trio.Event()
-        self._elsewhere = trio.Event()  # the machine's network changed, or it was asleep
 
     @classmethod
     @asynccontextmanager
@@ -118,21 +110,17 @@ class Node:
         ):
             router = router_class(network, config_class(rate=config.announce_rate))
             known = await trio.to_thread.run_sync(trust_policy.known_keys, config.trusted_public_keys)
-            finder = partial(_find, router, book)
+            finder = partial(find_providers, router, book)
             exchange = Exchange(network, store, finder, agent=AGENT, keys=known)
             node = cls(config, store, network, router, exchange)
             NarinfoServer(network, node._records)
             CatalogServer(network, store, publish=config.publish)
             await nursery.start(exchange.run)
             await nursery.start(router.run)
-            token = trio.lowlevel.current_trio_token()
-            store.on_lost(lambda digests: _soon(token, node._withdraw_lost, list(digests)))
-            network.on_change(node._moved)
+            network.on_change(node._neighbours.moved)
             network.on_addrs(router.moved)
-            nursery.start_soon(node._bootstrap)
-            if config.mdns:
-                nursery.start_soon(node._mdns, book)
-            nursery.start_soon(node._keep_promises)
+            nursery.start_soon(node._neighbours.run)
+            nursery.start_soon(node._announcer.run)
             nursery.start_soon(node._verify_later)
             if config.gateway:
                 await nursery.start(node._serve_nix)
@@ -166,10 +154,10 @@ class Node:
             self._exchange,
             self._fetcher,
             self._records,
-            self._discover,
-            self._announce,
+            self._neighbours.discover,
+            self._announcer.fetching,
             self._fetching,
-            self._connected_once,
+            self._neighbours.connected_once,
             self._network.address_book,
         )
         # What Nix takes from us goes into its store, so what it would believe counts here.
@@ -203,152 +191,6 @@ class Node:
         """Addresses others can dial."""
         return self._network.addrs()
 
-    # Finding peers
-
-    async def _bootstrap(self) -> None:
-        """Stay connected to the bootstrap peers, or at least to somebody."""
-        self._tried(None)
-        async with trio.open_nursery() as nursery:
-            for addr in self._config.bootstrap:
-                nursery.start_soon(self._keep_connected, addr)
-
-    def _tried(self, addr: str | None) -> None:
-        """A bootstrap address was dialled, with or without success."""
-        self._untried.discard(addr or "")
-        if not self._untried:
-            self._bootstrapped.set()
-
-    async def _keep_connected(self, addr: str) -> None:
-        delay = BOOTSTRAP_RETRY
-        known = False
-        while True:
-            try:
-                peer = await self._network.connect_addr(addr)
-                self._router.add_peer(peer)
-                if not known:
-                    await self._router.bootstrap()
-                known = True
-                self._tried(addr)
-                delay = BOOTSTRAP_RETRY
-            except RemoteError as exc:
-                log.warning("bootstrap: %s", exc)
-                known = False
-                self._tried(addr)
-                delay = min(2 * delay, BOOTSTRAP_RETRY_MAX)
-            with trio.move_on_after(delay):
-                await self._elsewhere.wait()
-                delay = BOOTSTRAP_RETRY
-
-    def _moved(self, _change: object) -> None:
-        """Dial the bootstrap peers anew, and at once."""
-        self._elsewhere.set()
-        self._elsewhere = trio.Event()
-
-    async def _mdns(self, book: AddressBook) -> None:
-        from p2pnode.net.mdns import run_mdns
-
-        async with trio.open_nursery() as nursery:
-
-            def found(peer: str, addrs: Sequence[str]) -> None:
-                book.heard(peer, addrs)
-                nursery.start_soon(self._meet, peer, addrs)
-
-            # A relay is no way to a neighbour.
-            await run_mdns(self.peer_id, lambda: [addr for addr in self.addrs() if "/p2p-circuit" not in addr], found)
-
-    async def _meet(self, peer: str, addrs: Sequence[str]) -> None:
-        try:
-            await self._network.connect(peer, addrs)
-        except RemoteError as exc:
-            log.info("a neighbour cannot be reached: %s", exc)
-
-    async def _connected_once(self) -> None:
-        """Until there has been time to connect to somebody."""
-        with trio.move_on_after(BOOTSTRAP_WAIT):
-            await self._bootstrapped.wait()
-
-    async def _discover(self, root: CID) -> int:
-        """Find and join whoever is recorded to have an image."""
-        await self._connected_once()
-        found = await _find(self._router, self._network.address_book, root, ())
-        await self._join_all((peer, ()) for peer in found)
-        return len(found)
-
-    async def _join_all(self, peers: Iterable[tuple[str, Sequence[str]]]) -> None:
-        async with trio.open_nursery() as nursery:
-            for peer, addrs in peers:
-                nursery.start_soon(self._join, peer, addrs)
-
-    async def _join(self, peer: str, addrs: Sequence[str]) -> None:
-        try:
-            await self._exchange.join(peer, addrs)
-        except RemoteError as exc:
-            log.info("%s", exc)
-
-    # Announcing
-
-    async def _keep_promises(self) -> None:
-        """Announce what the store held before this start, and take back what Nix collects as garbage from then on."""
-        announced = False
-        while True:
-            try:  # a full disk must not end a node that only wants to serve
-                if not announced:
-                    await trio.to_thread.run_sync(self._store.forget_vanished)
-                    await self._announce_all()
-                    if self._config.publish:
-                        self._router.provide([publisher_key(self.peer_id)])
-                    announced = True
-                else:
-                    await self._survey()
-            except StoreError as error:
-                log.warning("the survey of the store failed: %s", error)
-            await trio.sleep(SURVEY_INTERVAL)
-
-    async def _survey(self) -> None:
-        """Drop what points into store paths that are gone, and tell the swarm which images are not whole any more."""
-        if not await trio.to_thread.run_sync(self._store.forget_vanished):
-            return
-        broken: list[Image] = []
-        whole: set[bytes] = set()
-        for record in await trio.to_thread.run_sync(self._store.images):
-            image = await trio.to_thread.run_sync(self._store.image, record.id)
-            if image is None or record.id in self._running:
-                continue
-            if record.held_chunks == record.chunks:
-                whole.update(_nar_keys(image))
-                continue
-            broken.append(image)
-            if record.held_chunks == 0:
-                self._router.withdraw([record.id.to_bytes()])
-        for image in broken:
-            self._router.withdraw([key for key in _nar_keys(image) if key not in whole])
-            await self._exchange.tell(image.id)
-
-    def _withdraw_lost(self, digests: list[bytes]) -> None:
-        """The store has lost chunks, to Nix's garbage collector or because somebody changed an original."""
-        self._router.withdraw([chunk_key(digest) for digest in digests])
-
-    async def _announce_all(self) -> None:
-        for record in await trio.to_thread.run_sync(self._store.images):
-            image = await trio.to_thread.run_sync(self._store.image, record.id)
-            if image is not None:
-                await self._announce_held(image)
-
-    def _announce(self, image: Image) -> None:
-        """An image this node is fetching: others may ask it for the manifest and for what it has by now."""
-        self._router.provide([image.id.to_bytes()])
-
-    async def _announce_held(self, image: Image) -> None:
-        digests = list(image.chunks)
-        held = await trio.to_thread.run_sync(self._store.held, digests)
-        keys = [image.id.to_bytes()]
-        await trio.to_thread.run_sync(self._records.learn, image)
-        here = {digest for digest, is_here in zip(digests, held, strict=True) if is_here}
-        # Of an image that is here in part, such as a closure of which Nix wanted some paths, the whole objects.
-        keys += _nar_keys(image, lambda obj: here.issuperset(obj.layout.digests))
-        keys += map(chunk_key, here)
-        self._router.provide(keys)
-
     # Operations
 
     async def provide(
@@ -372,9 +214,7 @@ class Node:
         )
         image = imported.image
         await keep_claims(self._store, image, self._config.nix_store, keys)
-        self._exchange.here([chunk_key(digest) for digest in image.chunks])
-        await self._exchange.tell(image.id)
-        await self._announce_held(image)
+        await self._announcer.imported(image)
         return local.provided(imported, link.format(image.id, self.addrs(), imported.name), time.monotonic() - began)
 
     async def publish(
@@ -398,10 +238,7 @@ class Node:
 
         async def told(outcome: publishing.Outcome) -> None:
             if isinstance(outcome, publishing.Published) and outcome.new:
-                image = outcome.imported.image
-                self._exchange.here([chunk_key(digest) for digest in image.chunks])
-                await self._exchange.tell(image.id)
-                await self._announce_held(image)
+                await self._announcer.imported(outcome.imported.image)
             result = local.published(outcome, self.addrs())
             if result is not None:
                 await tell(result)
@@ -448,13 +285,13 @@ class Node:
             partial(trust_policy.of_fetch, policy, ours, trusted_keys, into_store=into_store)
         )
         async with self._fetching(wanted.image), trio.open_nursery() as nursery:
-            nursery.start_soon(self._join_all, _by_peer([*wanted.peers, *peers]))
+            nursery.start_soon(self._neighbours.join_all, by_peer([*wanted.peers, *peers]))
             options = FetchOptions(
                 None if out is None else Path(out), force, keep_chunks, wanted.name, timeout, to, trust
             )
             fetched = await self._fetcher.fetch(wanted.image, options, report)
             nursery.cancel_scope.cancel()
-        await self._announce_held(fetched.image)
+        await self._announcer.held(fetched.image)
         record = await trio.to_thread.run_sync(self._store.record, fetched.image.id)
         if record is not None and not record.complete and record.held_chunks == record.chunks:
             self._read_later.send_nowait(record.id)
@@ -485,7 +322,7 @@ class Node:
             if image is not None and not hear:
                 return _result(Fetched.nothing(image))
             async with trio.open_nursery() as nursery:
-                nursery.start_soon(self._join_all, _by_peer(wanted.peers))
+                nursery.start_soon(self._neighbours.join_all, by_peer(wanted.peers))
                 if image is None:
                     keys, policy = self._config.trusted_public_keys, self._config.require_signatures
                     judge = partial(trust_policy.of_fetch, policy, keys, (), into_store=False)
@@ -497,20 +334,8 @@ class Node:
                     fetched = Fetched.nothing(image)
                 nursery.cancel_scope.cancel()
         if image is None:
-            await self._announce_held(fetched.image)
+            await self._announcer.held(fetched.image)
         return _result(fetched)
-
-    async def _reach(self, peer: str, addrs: Sequence[str]) -> None:
-        """Be connected to a publisher, found by its id alone if need be. Raises RemoteError."""
-        try:
-            await self._network.connect(peer, addrs)
-        except PeerUnreachable:
-            await self._connected_once()
-            key = publisher_key(peer)
-            found = {each.peer: each.addrs for each in (await self._router.find([key])).get(key, ())}
-            if not found.get(peer):
-                raise
-            await self._network.connect(peer, found[peer])
 
     async def pin(self, spec: str) -> dict[str, Any]:
         return await trio.to_thread.run_sync(partial(local.pin, self._store, spec, pinned=True))
@@ -549,10 +374,7 @@ class Node:
             raise UsageError(f"image {record.id} is being fetched; stop that first")
         image = await trio.to_thread.run_sync(self._store.image, record.id)
         result, gone = await trio.to_thread.run_sync(local.remove, self._store, str(record.id))
-        if image is not None:
-            self._router.withdraw([record.id.to_bytes(), *_nar_keys(image)])
-        self._exchange.forget(record.id)
-        self._router.withdraw([CID(Codec.RAW, digest).to_bytes() for digest in gone])
+        self._announcer.removed(record.id, image, gone)
         return result
 
     async def status(self) -> dict[str, Any]:
@@ -581,8 +403,7 @@ class Node:
         """Why something is slow or not found: `p2pnode.diagnosis.examine`, as JSON has it."""
         from p2pnode.diagnosis import Scene, examine  # here: it needs all of the network
 
-        with trio.move_on_after(BOOTSTRAP_WAIT):  # a node that lives for this question only has just been started
-            await self._bootstrapped.wait()
+        await self._neighbours.connected_once()  # a node that lives for this question only has just been started
         scene = Scene(self._config, self._store, self._network, self._router, self._exchange)
         return (await examine(scene, target, report)).to_dict()
 
@@ -669,41 +490,3 @@ def _paths(fetched: Fetched) -> dict[str, dict[str, Any]]:
             "direct_after": None if moved is None else round(moved, 3),
         }
     return paths
-
-
-def _soon(token: trio.lowlevel.TrioToken, call: Callable[[list[bytes]], None], digests: list[bytes]) -> None:
-    """Call in the node's own thread, as a store that is being closed may find losses when that has ended."""
-    with suppress(trio.RunFinishedError):
-        token.run_sync_soon(call, digests)
-
-
-def _nar_keys(image: Image, of: Callable[[ImageObject], bool] = lambda obj: True) -> list[bytes]:
-    """What the objects of an image are found by: NAR hashes, and hash parts of store paths."""
-    keys = [nar_key(obj.nar_hash) for obj in image.objects if obj.nar_hash is not None and of(obj)]
-    parts = zip(hash_parts(image), image.objects, strict=False)
-    return keys + [provider_key(part) for part, obj in parts if of(obj)]
-
-
-async def _find(router: Router, book: AddressBook, root: CID, keys: Sequence[bytes]) -> dict[str, list[bytes]]:
-    """Providers of an image (with no keys) and of single chunks of it."""
-    root_key = root.to_bytes()
-    found: dict[bytes, list[Provider]] = await router.find([root_key, *keys])
-    peers: dict[str, list[bytes]] = {}
-    for key, providers in found.items():
-        for provider in providers[:MAX_PROVIDERS]:
-            book.heard(provider.peer, provider.addrs)
-            held = peers.setdefault(provider.peer, [])
-            if key != root_key:
-                held.append(key)
-    return peers
-
-
-def _by_peer(addrs: Iterable[str]) -> list[tuple[str, list[str]]]:
-    """Multiaddrs that end in /p2p/<id>, by that id. Raises UsageError."""
-    peers: dict[str, list[str]] = {}
-    for text in addrs:
-        address = addresses.parse(text)
-        if address.peer is None:
-            raise UsageError(f"the peer address {text} lacks /p2p/<peer id> at its end")
-        peers.setdefault(address.peer, []).append(text)
-    return list(peers.items())

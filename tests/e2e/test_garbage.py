@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import trio
 
-from p2pnode import node as node_module
+from p2pnode import announcing
 from p2pnode.config import Config
 from p2pnode.node import Node
 from p2pnode.progress import silent
@@ -24,13 +24,13 @@ def announced_for(node: Node, spec: str) -> list[bytes]:
     image = node._store.image(CID.parse(spec))
     assert image is not None
     (obj,) = image.objects
-    return [image.id.to_bytes(), *node_module._nar_keys(image), *map(chunk_key, obj.layout.digests)]
+    return [image.id.to_bytes(), *announcing.nar_keys(image), *map(chunk_key, obj.layout.digests)]
 
 
 async def test_collected_paths_are_withdrawn(
     tmp_path: Path, nix_store_command: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(node_module, "SURVEY_INTERVAL", 0.05)
+    monkeypatch.setattr(announcing, "SURVEY_INTERVAL", 0.05)
     telling, told = trio.open_memory_channel[str](10)
     tell = Exchange.tell
 
