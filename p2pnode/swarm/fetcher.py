@@ -57,6 +57,8 @@ log = logging.getLogger(__name__)
 
 FEED_BATCH = 4 << 20  # bytes per worker-thread call of the verifier
 RECENT_BYTES = 32 << 20  # what the picker lets the verifier lag behind, twice
+RECENT_COST = 256  # bytes that keeping a chunk takes besides its own
+PIN_FACTOR = 4  # what is kept of a chunk keeps alive at most so many times its size, as in `protocols.yamux.session`
 REPORT_INTERVAL = 0.25
 SETTLE = 2.0  # after everybody known has said no: somebody may be about to connect
 LIARS_TIMEOUT = 10.0  # when everybody who offered the image was banned: somebody honest may still be found
@@ -144,7 +146,10 @@ class _ManifestSink:
 
 class _Recent:
     """Chunks that were checked and written a moment ago, for the verifier: it follows the downloads closely, and need
-    neither read nor check them again. Thread-safe; bounded, the oldest go first."""
+    neither read nor check them again. Thread-safe; bounded, the oldest go first.
+
+    They are slices of what a connection decrypted in one piece, which may be a hundred times as long: a peer could send
+    one small chunk in each, and have us keep all the rest of them too. Such are copied."""
 
     def __init__(self) -> None:
         self._chunks: dict[bytes, Payload] = {}
@@ -152,10 +157,11 @@ class _Recent:
         self._lock = threading.Lock()
 
     def put(self, digest: bytes, pieces: Payload) -> None:
+        kept = [_unpinned(piece) for piece in pieces]
         with self._lock:
             self._drop(digest)
-            self._chunks[digest] = pieces
-            self._size += sum(map(len, pieces))
+            self._chunks[digest] = kept
+            self._size += _cost(kept)
             while self._size > RECENT_BYTES:
                 self._drop(next(iter(self._chunks)))
 
@@ -172,8 +178,18 @@ class _Recent:
     def _drop(self, digest: bytes) -> Payload | None:
         pieces = self._chunks.pop(digest, None)
         if pieces is not None:
-            self._size -= sum(map(len, pieces))
+            self._size -= _cost(pieces)
         return pieces
+
+
+def _cost(pieces: Payload) -> int:
+    return sum(map(len, pieces)) + RECENT_COST
+
+
+def _unpinned(piece: Buffer) -> Buffer:
+    """A piece, without a buffer behind it that is much longer than itself."""
+    whole = memoryview(piece.obj).nbytes if isinstance(piece, memoryview) else len(piece)
+    return piece if len(piece) * PIN_FACTOR >= whole else bytes(piece)
 
 
 class _ChunkSink:
