@@ -87,6 +87,11 @@ class Mirrors:
                 self._keep_rows(thing, [Entry(mirror.image, name or "", 0)])
         return mirror
 
+    def add_all(self, things: Sequence[tuple[str, Sequence[str], str | None]]) -> list[Mirror]:
+        """All of these, or with the error none of them."""
+        with self._catalog.transaction():
+            return [self.add(*each) for each in things]
+
     def get(self, thing: str) -> Mirror | None:
         """One thing, by its exact id."""
         return next(iter(self._mirrors("thing = ?", thing)), None)
@@ -168,6 +173,11 @@ class Mirrors:
         """Keep an image no longer for those that do not list it any more."""
         with self._catalog.transaction():
             self._drop(image, sorted({*self.wanted_by(image)}.difference(self.wanted_by(image, listed=True))))
+
+    def unpin_unwanted(self, image: CID) -> None:
+        """Take back a pin that was set when nothing wanted the image any more."""
+        if not self.wanted_by(image):
+            self._drop(image, ())
 
     def _images_of(self, thing: str) -> list[CID]:
         return [

@@ -12,7 +12,7 @@ from collections import deque
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import trio
 
@@ -35,7 +35,10 @@ HEAR_INTERVAL = 3600.0  # s between questions for new signatures of an image tha
 MAX_RESTS = 8  # intervals that a daemon leaves an image alone after it failed, 1 at first and doubling
 TIMEOUT = 60.0  # s without any progress after which an image is left to the next look
 
+MAX_NOTED = 65_536  # images that a daemon remembers heard or failing: a publisher may list others at each look
+
 Result = dict[str, Any]
+V = TypeVar("V")
 
 
 class Keep(Protocol):
@@ -51,7 +54,7 @@ class _Sum:
     report: Report
     expected: dict[CID, int] = field(default_factory=dict)
     running: dict[CID, Progress] = field(default_factory=dict)
-    ended: int = 0
+    ended: set[CID] = field(default_factory=set)  # two things may have an image in common
 
     def of(self, image: CID) -> Report:
         def one(progress: Progress) -> None:
@@ -64,7 +67,7 @@ class _Sum:
 
     def end(self, image: CID) -> None:
         self.running[image] = Progress("", self.expected.get(image, 0))
-        self.ended += 1
+        self.ended.add(image)
         self.show()
 
     def show(self) -> None:
@@ -74,7 +77,7 @@ class _Sum:
             return
         done = sum(each.done for each in self.running.values())
         peers = max((each.peers for each in self.running.values()), default=0)
-        note = f"{self.ended} of {len(self.expected)} images"
+        note = f"{len(self.ended)} of {len(self.expected)} images"
         self.report(Progress("mirroring", done, sum(self.expected.values()), peers, note))
 
 
@@ -103,13 +106,11 @@ class Mirroring:
     async def mirror(self, texts: Sequence[str], *, timeout: float, report: Report) -> list[Result]:
         """Remember what is to be mirrored, and take a look at it. Raises UsageError before anything is remembered."""
         things = [link.parse_thing(text) for text in texts]
-        mirrors: dict[str, Mirror] = {}
-        for thing in things:
-            if isinstance(thing, link.Link):
-                added = await trio.to_thread.run_sync(self._mirrors.add, str(thing.image), thing.peers, thing.name)
-            else:
-                added = await trio.to_thread.run_sync(self._mirrors.add, thing.peer, thing.addrs, None)
-            mirrors[added.thing] = added
+        rows = [
+            (str(each.image), each.peers, each.name) if isinstance(each, link.Link) else (each.peer, each.addrs, None)
+            for each in things
+        ]
+        mirrors = {each.thing: each for each in await trio.to_thread.run_sync(self._mirrors.add_all, rows)}
         total = _Sum(report)
         results: dict[str, list[Result]] = {}
 
@@ -150,8 +151,11 @@ class Mirroring:
         """The top of a task, one for each thing."""
         with self._scope(thing):
             await trio.sleep(delay)
-            while (mirror := await trio.to_thread.run_sync(self._mirrors.get, thing)) is not None:
-                try:
+            while True:
+                try:  # a disk that fails for a moment must not end the daemon
+                    mirror = await trio.to_thread.run_sync(self._mirrors.get, thing)
+                    if mirror is None:
+                        break
                     await self._look(mirror, TIMEOUT, _Sum(silent), asked=False)
                 except Exception:
                     log.exception("the look at %s, which is mirrored, failed", thing)
@@ -231,14 +235,18 @@ class Mirroring:
             results.append({**result, "mirror": mirror.thing, "pinned": True})
             self._rests.pop(each.image, None)
             if hear:
-                self._heard[each.image] = now
+                _note(self._heard, each.image, now)
         except Exception as exc:
             failure = describe(exc)
             if failure.internal:
                 log.error("mirroring image %s failed", each.image, exc_info=exc)
             problem = self._failed(results, mirror, each, failure, asked=asked)
             rest = min(2 * self._rests.get(each.image, (self._interval / 2, 0))[0], MAX_RESTS * self._interval)
-            self._rests[each.image] = (rest, trio.current_time() + rest)
+            _note(self._rests, each.image, (rest, trio.current_time() + rest))
+        finally:
+            # It may have been let go meanwhile, at the user's word or the publisher's, and been pinned after that.
+            with trio.CancelScope(shield=True):
+                await trio.to_thread.run_sync(self._mirrors.unpin_unwanted, each.image)
         total.end(each.image)
         if problem != each.problem:
             await trio.to_thread.run_sync(self._mirrors.judged, mirror.thing, each.image, problem)
@@ -255,3 +263,11 @@ class Mirroring:
             row["image"] = str(each.image)
         results.append({**row, **failure.to_dict()})
         return failure.message
+
+
+def _note(notes: dict[CID, V], image: CID, value: V) -> None:
+    """Remember something of an image; of too many, the oldest is forgotten."""
+    notes.pop(image, None)
+    notes[image] = value
+    while len(notes) > MAX_NOTED:
+        del notes[next(iter(notes))]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,13 +11,15 @@ import pytest
 import trio
 
 from p2pnode import link
-from p2pnode.errors import NotFound, PeerUnreachable, UsageError
+from p2pnode.errors import NotFound, PeerUnreachable, StoreError, UsageError
 from p2pnode.progress import Progress, Report, silent
-from p2pnode.store.mirrors import Mirrors
+from p2pnode.store import Store, mirrors
+from p2pnode.store.mirrors import Mirror, Mirrors
+from p2pnode.store.records import Pin
 from p2pnode.swarm import mirroring
 from p2pnode.swarm.mirroring import Mirroring
 from p2pnode.swarm.publishing import CatalogServer
-from protocols.cid import CID
+from protocols.cid import CID, Codec
 
 from .test_exchange import Peer, World, content
 from .test_records import KEY, keep_image, keep_signed, kept, provide
@@ -211,3 +214,92 @@ async def test_one_thing_that_is_no_thing_and_nothing_is_remembered(machine: Mac
     with pytest.raises(UsageError, match="no link, image id, peer id or address"):
         await machine.mirroring.mirror([image, "what"], timeout=5, report=silent)
     assert machine.mirrors.all() == []
+
+
+async def test_what_is_too_many_is_refused_as_a_whole(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(mirrors, "MAX_MIRRORS", 1)
+    images = [str(CID.of(Codec.DAG_CBOR, bytes([number]))) for number in range(2)]
+    with pytest.raises(UsageError, match="mirrored already"):
+        await machine.mirroring.mirror(images, timeout=5, report=silent)
+    assert machine.mirrors.all() == []
+
+
+async def test_a_disk_that_fails_for_a_moment_ends_no_daemon(
+    world: World, tmp_path: Path, machine: Machine, monkeypatch: pytest.MonkeyPatch, nursery: trio.Nursery
+) -> None:
+    await publisher(world, tmp_path, monkeypatch, 1)
+    machine.mirrors.add("p", (), None)
+    get, failures = Mirrors.get, [StoreError("the catalog cannot be read")] * 2
+
+    def failing(self: Mirrors, thing: str) -> Mirror | None:
+        if failures:
+            raise failures.pop()
+        return get(self, thing)
+
+    monkeypatch.setattr(Mirrors, "get", failing)
+    nursery.start_soon(machine.mirroring.run, 0.05)
+    with trio.fail_after(10):
+        while machine.looks < 2:
+            await trio.sleep(0.01)
+    assert not failures
+    nursery.cancel_scope.cancel()
+
+
+@pytest.mark.parametrize("by", ["the user", "the publisher"])
+async def test_no_pin_outlasts_what_it_is_for(
+    world: World, tmp_path: Path, machine: Machine, monkeypatch: pytest.MonkeyPatch, by: str
+) -> None:
+    """An image is let go in the moment in which a thread is about to pin it, or is still in the queue of a look."""
+    (image,) = await publisher(world, tmp_path, monkeypatch, 1)
+    store = machine.peer.store
+    (tmp_path / "mine").write_bytes((tmp_path / "image-0").read_bytes())
+    machine.peer.provide(tmp_path / "mine")
+    keeping, go = trio.Event(), trio.Event()
+
+    async def keep(wanted: link.Link, *, timeout: float, hear: bool, report: Report) -> dict[str, Any]:
+        with trio.CancelScope(shield=True):  # as a worker thread is
+            keeping.set()
+            await go.wait()
+            store.pin(wanted.image, Pin.MIRROR)
+        await trio.lowlevel.checkpoint()
+        return {"image": str(wanted.image)}
+
+    machine.mirroring._keep = keep
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(partial(machine.mirroring.mirror, ["p"], timeout=5, report=silent))
+        await keeping.wait()
+        if by == "the user":
+            machine.mirroring.stop("p")
+            machine.mirrors.stop("p")
+        else:
+            store.catalog.drop_chunk(*_one_chunk(store, image))
+            machine.mirrors.keep_list("p", [])
+        go.set()
+    record = store.record(image)
+    assert record is not None and not record.pinned
+
+
+def _one_chunk(store: Store, image: CID) -> tuple[bytes, int]:
+    known = store.image(image)
+    assert known is not None
+    digest = next(iter(known.chunks))
+    return digest, store.catalog.locations(digest)[0].source.id
+
+
+async def test_one_image_of_two_things_counts_once(
+    world: World, tmp_path: Path, machine: Machine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    images = await publisher(world, tmp_path, monkeypatch, 2)
+    reports: list[Progress] = []
+    await machine.mirroring.mirror(["p", str(images[0])], timeout=5, report=reports.append)
+    assert reports[-1].note == "2 of 2 images"
+
+
+async def test_a_daemon_does_not_remember_all_that_ever_failed(
+    world: World, tmp_path: Path, machine: Machine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(mirroring, "MAX_NOTED", 3)
+    images = await publisher(world, tmp_path, monkeypatch, 6)
+    machine.failing = set(images[:4])
+    await machine.mirroring.mirror(["p"], timeout=5, report=silent)
+    assert len(machine.mirroring._rests) == 3 and len(machine.mirroring._heard) == 2
