@@ -518,8 +518,10 @@ class Fetcher:
                     await self._told_all(image, searched)
                 tally.add(self._exchange.stats(id), download)
                 nursery.cancel_scope.cancel()
-            await trio.to_thread.run_sync(landing.close)
             report(Progress("exporting", image.size, image.size))
+            if options.out is None and delivery is None:  # nobody reads it again before it counts as complete
+                await trio.to_thread.run_sync(landing.sync)
+            await trio.to_thread.run_sync(landing.close)
             path = await (delivery.finish() if delivery is not None else trio.to_thread.run_sync(gate.finish))
             if not present:  # of what was there already nothing was hashed: the gateway does it when it is asked
                 await trio.to_thread.run_sync(self._store.mark_complete, image.id, None if path is None else str(path))

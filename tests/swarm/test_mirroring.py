@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -303,3 +305,31 @@ async def test_a_daemon_does_not_remember_all_that_ever_failed(
     machine.failing = set(images[:4])
     await machine.mirroring.mirror(["p"], timeout=5, report=silent)
     assert len(machine.mirroring._rests) == 3 and len(machine.mirroring._heard) == 2
+
+
+async def test_a_mirror_is_complete_when_the_disk_has_it(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Only the catalog and the metadata of the pack are looked at from then on, also after a power cut."""
+    seed, mirror = await world.peer("seed"), await world.peer("mirror")
+    (tmp_path / "image").write_bytes(content(1 << 20))
+    image = seed.provide(tmp_path / "image")
+    sync, broken, synced = os.fdatasync, [True], []
+
+    def failing(fd: int) -> None:
+        if broken:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        sync(fd)
+        synced.append(os.readlink(f"/proc/self/fd/{fd}"))
+        assert not mirror.store.record(image.id).complete  # type: ignore[union-attr]
+
+    monkeypatch.setattr(os, "fdatasync", failing)
+    with pytest.raises(StoreError):
+        await mirror.fetch(image.id, mirror=True)
+    record = mirror.store.record(image.id)
+    assert record is not None and not record.complete and record.held_chunks == record.chunks
+    broken.clear()
+    await mirror.fetch(image.id, mirror=True)
+    record = mirror.store.record(image.id)
+    assert record is not None and record.complete
+    assert [Path(path).suffix for path in synced] == [".pack"]
