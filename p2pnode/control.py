@@ -139,7 +139,8 @@ class NodeAPI(Protocol):
         """Forget one image: {"image", "name", "freed_bytes"}."""
 
     async def status(self) -> Result:
-        """How the node is: {"peer_id", "addrs", "uptime" s, "peers", "store": {...}, "problems": [...], ...}."""
+        """How the node is: {"peer_id", "addrs", "uptime" s, "peers", "store": {...}, "mirrors": [...] (in short),
+        "problems": [...], ...}."""
 
     async def peers(self) -> list[Result]:
         """{"peer", "addr", "direction", "seconds", "rtt" s or null, "received_bytes", "sent_bytes"} per peer."""

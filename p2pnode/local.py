@@ -135,6 +135,29 @@ def mirrors(store: Store) -> list[Result]:
     return [_mirror(each, listed.images(each.thing)) for each in listed.all()]
 
 
+def mirror_states(store: Store) -> list[Result]:
+    """What is mirrored, in short: {"mirror", "kind", "name", "images" and "complete_images" (how many), "looked",
+    "problem"}, as in `mirrors`."""
+    from p2pnode.store.mirrors import Mirrors
+
+    return [
+        {
+            "mirror": each.mirror.thing,
+            "kind": _mirror_kind(each.mirror),
+            "name": each.name,
+            "images": each.images,
+            "complete_images": each.complete,
+            "looked": each.mirror.looked,
+            "problem": each.mirror.problem,
+        }
+        for each in Mirrors(store).summaries()
+    ]
+
+
+def _mirror_kind(mirror: Mirror) -> str:
+    return "publisher" if mirror.image is None else "image"
+
+
 def stop_mirror(store: Store, text: str) -> Result:
     """Mirror a thing no longer; its images stay, and can be removed: the row it had in `mirrors`. Raises `NotFound`."""
     from p2pnode.store.mirrors import Mirrors
@@ -165,7 +188,7 @@ def _mirror(mirror: Mirror, images: list[Mirrored]) -> Result:
     looked_well = mirror.looked is not None and mirror.problem is None
     return {
         "mirror": mirror.thing,
-        "kind": "publisher" if mirror.image is None else "image",
+        "kind": _mirror_kind(mirror),
         "name": mirror.name or (images[0].record.name if mirror.image and images and images[0].record else None),
         "complete": all(each.complete for each in images) and (looked_well or bool(images)),
         "bytes": sum(each.size for each in images),

@@ -380,6 +380,7 @@ class Node:
     async def status(self) -> dict[str, Any]:
         store = await trio.to_thread.run_sync(self._store.stats)
         problems = await trio.to_thread.run_sync(self._store.problems)
+        mirrors = await trio.to_thread.run_sync(local.mirror_states, self._store)
         dht = self._router.stats()
         return {
             "peer_id": self.peer_id,
@@ -392,6 +393,7 @@ class Node:
             "fetching": [str(root) for root in self._running],
             "banned": {peer: round(left) for peer, left in self._exchange.bans.items()},
             "store": local.statistics(store),
+            "mirrors": mirrors,
             "problems": [local.problem(problem) for problem in problems],
             "gateway": self._gateway and {"urls": self.gateway_urls(), **self._gateway.statistics().to_dict()},
             "dht": {

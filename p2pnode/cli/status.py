@@ -13,6 +13,8 @@ if TYPE_CHECKING:
     from p2pnode.config import Config
     from p2pnode.store import Store
 
+MAX_MIRRORS = 10  # things that are told of; `p2pnode mirror` tells of all
+
 
 @click.command(short_help="Show how the node and its store are.")
 @pass_app
@@ -37,6 +39,7 @@ def _without_node(config: Config, store: Store) -> dict[str, Any]:
         "version": __version__,
         "home": str(config.home),
         "store": local.statistics(store.stats()),
+        "mirrors": local.mirror_states(store),
         "problems": [local.problem(each) for each in store.problems()],
     }
 
@@ -60,6 +63,7 @@ def _human(row: dict[str, Any]) -> str:
         ("in your files", text.size(store["referenced_bytes"])),
         ("free on disk", text.size(store["free_bytes"])),
     ]
+    pairs += _mirrors(row.get("mirrors", []))
     pairs += [("problem", f"{each['path']}: {each['reason']}") for each in row["problems"]]
     return text.fields(pairs)
 
@@ -72,6 +76,23 @@ def _reachability(row: dict[str, Any]) -> list[tuple[str, str]]:
     pairs += [("relay failed", why) for why in row["relay_failures"].values()]
     if (serving := row.get("serving")) is not None:
         pairs.append(("relay for", f"{serving['reservations']} nodes, {serving['circuits']} connections"))
+    return pairs
+
+
+def _mirrors(rows: list[dict[str, Any]]) -> list[tuple[str, str]]:
+    """Those with a problem first: of many, not all are told."""
+    pairs = []
+    for row in sorted(rows, key=lambda row: row["problem"] is None)[:MAX_MIRRORS]:
+        if row["kind"] == "image":
+            told = "complete" if row["complete_images"] else "not complete"
+        elif row["images"]:
+            told = f"{row['complete_images']} of {row['images']} images complete"
+        else:
+            told = "no images" if row["looked"] is not None else "not looked at yet"
+        problem = f"; {row['problem']}" if row["problem"] else ""
+        pairs.append(("mirrors", f"{row['name'] or row['mirror']}: {told}{problem}"))
+    if len(rows) > MAX_MIRRORS:
+        pairs.append(("mirrors", f"and {len(rows) - MAX_MIRRORS} more; `p2pnode mirror` lists them"))
     return pairs
 
 

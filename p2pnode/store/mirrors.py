@@ -61,6 +61,16 @@ class Mirrored:
         return self.record is not None and self.record.complete
 
 
+@dataclass(frozen=True, slots=True)
+class Summary:
+    """How a thing is mirrored: how many images it has, and how many of them are here completely."""
+
+    mirror: Mirror
+    name: str | None
+    images: int
+    complete: int
+
+
 class Mirrors:
     """The list of one store."""
 
@@ -99,6 +109,20 @@ class Mirrors:
     def all(self) -> list[Mirror]:
         """All things, in the order in which they were added."""
         return self._mirrors("1")
+
+    def summaries(self) -> list[Summary]:
+        """All things, as `all`, with numbers."""
+        self._store.count_held()
+        rows = self._catalog.query(
+            "SELECT d.thing, count(*), coalesce(sum(i.complete AND i.held_chunks = i.chunks), 0), max(i.name)"
+            " FROM mirrored d LEFT JOIN images i ON i.id = d.image GROUP BY d.thing"
+        )
+        counts = {thing: numbers for thing, *numbers in rows}
+        summaries = []
+        for mirror in self.all():
+            images, complete, name = counts.get(mirror.thing, (0, 0, None))
+            summaries.append(Summary(mirror, mirror.name or (name if mirror.image else None), images, complete))
+        return summaries
 
     def find(self, text: str) -> Mirror | None:
         """A thing by its id, the beginning of that (8 characters or more; one thing's only), or an image's name."""

@@ -633,6 +633,10 @@ class Store:
         )
         return [_record(row) for row in rows]
 
+    def count_held(self) -> None:
+        """Let `held_chunks` of all images tell what is here now."""
+        self._count_held("1")
+
     def _count_held(self, where: str, *values: Any) -> None:
         for id, digests, sizes in self.catalog.query(
             f"SELECT id, digests, sizes FROM images WHERE held_chunks IS NULL AND {where}", *values

@@ -204,3 +204,16 @@ def test_status_shows_the_gateway(cli: CLI) -> None:
     assert counted["store"] == {"nars": 0, "bytes": 0}
     human = cli("status").stdout
     assert url in human and "3 times: 0 paths found, 1 not" in human
+
+
+def test_status_shows_what_is_mirrored(cli: CLI, disk: Path) -> None:
+    image = cli.json("provide", "--no-serve", disk)["image"]
+    assert cli.json("status")["mirrors"] == [] and "mirrors" not in cli("status").stdout
+    cli("mirror", "--timeout", "1", "--no-mdns", image)  # it is here
+    _, running = cli.started("run", "--listen", "/ip4/127.0.0.1/tcp/0", "--no-mdns")
+    assert running
+    (row,) = cli.json("status")["mirrors"]
+    assert (row["mirror"], row["kind"], row["images"], row["complete_images"]) == (image, "image", 1, 1)
+    assert ["mirrors", f"{disk.name}: complete"] in [
+        line.split(maxsplit=1) for line in cli("status").stdout.splitlines()
+    ]

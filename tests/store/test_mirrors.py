@@ -10,6 +10,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from p2pnode import local
+from p2pnode.cli import status
 from p2pnode.errors import NotFound, UsageError
 from p2pnode.images.importer import import_path
 from p2pnode.store import Store, catalog, mirrors
@@ -229,3 +230,39 @@ def test_an_image_id_and_a_peer_id_are_told_apart(store: Store) -> None:
     image = CID(Codec.DAG_CBOR, bytes(32))
     assert Mirrors(store).add(str(image), (), None).image == image
     assert Mirrors(store).add(PEER, (), None).image is None
+
+
+def test_status_tells_of_mirrors_in_short(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert local.mirror_states(store) == []
+    here, also, never = complete(store, 1), complete(store, 2), incomplete(store, 3)
+    listed = Mirrors(store)
+    listed.add(PEER, (), None)
+    listed.add(str(here.id), (), None)
+    listed.add(OTHER, (), None)
+    listed.keep_list(PEER, [entry(here), entry(also), entry(never)])
+    listed.judged(PEER, never.id, "nobody has it")
+    listed.looked(PEER, "1 of 3 images: nobody has it")
+    listed.looked(str(here.id), None)
+    states = local.mirror_states(store)
+    assert [(each["mirror"], each["kind"]) for each in states] == [
+        (PEER, "publisher"),
+        (str(here.id), "image"),
+        (OTHER, "publisher"),
+    ]
+    assert [(each["complete_images"], each["images"]) for each in states] == [(2, 3), (1, 1), (0, 0)]
+    assert [each["name"] for each in states] == [None, "image-1", None]
+    (location,) = store.catalog.locations(next(iter(also.chunks)))
+    store.forget_source(location.source.id)
+    assert local.mirror_states(store)[0]["complete_images"] == 1
+
+    pairs = status._mirrors(local.mirror_states(store))
+    assert pairs == [
+        ("mirrors", f"{PEER}: 1 of 3 images complete; 1 of 3 images: nobody has it"),
+        ("mirrors", "image-1: complete"),
+        ("mirrors", f"{OTHER}: not looked at yet"),
+    ]
+    monkeypatch.setattr(status, "MAX_MIRRORS", 1)
+    assert status._mirrors(local.mirror_states(store)) == [
+        pairs[0],
+        ("mirrors", "and 2 more; `p2pnode mirror` lists them"),
+    ]
