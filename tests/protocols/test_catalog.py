@@ -128,3 +128,25 @@ def test_noise(data: bytes) -> None:
 
 def test_keys_fit_the_dht() -> None:
     assert len(publisher_key("12D3KooWSMTjKMnLmfEDoZhQH2RniDbw9jce1aNK6SnAkHVEPGaR")) == 39
+
+
+@given(ENTRIES, st.booleans(), st.integers(0, 1 << 200) | st.none(), st.data())
+def test_frames_with_something_in_them_wrong(
+    entries: tuple[Entry, ...], more: bool, number: int | None, data: st.DataObject
+) -> None:
+    """Nothing but a FrameError comes of it, or a page that keeps all rules and that only these bytes say."""
+    after = None if number is None else image(number)
+    body = bytearray(encode_answer(Page(entries, more))[4:])
+    at = data.draw(st.integers(0, len(body) - 1))
+    body[at : at + data.draw(st.integers(0, 2))] = data.draw(st.binary(max_size=2))
+    try:
+        page = decode_answer(bytes(body), after)
+    except FrameError:
+        return
+    assert encode_answer(page)[4:] == body
+    if page is not None:
+        keys = [each.image.to_bytes() for each in page.entries]
+        assert keys == sorted(set(keys)) and all(each.image.codec is Codec.DAG_CBOR for each in page.entries)
+        assert not keys or after is None or keys[0] > after.to_bytes()
+        assert keys or not page.more
+        assert all(len(each.name.encode()) <= MAX_NAME and 0 <= each.size <= MAX_SIZE for each in page.entries)

@@ -15,7 +15,7 @@ MOST = 1_000_000  # bytes, of all corpora together
 sys.path.append(str(REPOSITORY / "scripts"))
 
 
-@pytest.mark.parametrize("target", ["yamux", "noise_records", "exchange_frames", "manifest"])
+@pytest.mark.parametrize("target", ["yamux", "noise_records", "exchange_frames", "manifest", "catalog"])
 def test_kept_inputs_hold_every_invariant(target: str) -> None:
     check = importlib.import_module(f"fuzz.{target}").check
     inputs = sorted((CORPUS / target).iterdir())
