@@ -345,11 +345,7 @@ class Yamux(IMuxedConn):  # type: ignore[misc]
         session = self.session
         try:
             while True:
-                if self._batched:
-                    batch = await self.secured_conn.read_batch()
-                else:
-                    data = await self.secured_conn.read(None)
-                    batch = [data] if data else []
+                batch = await self._read_batch()
                 if not batch:
                     self._lost("the peer closed the connection")
                     return
@@ -367,12 +363,20 @@ class Yamux(IMuxedConn):  # type: ignore[misc]
                             await trio.lowlevel.checkpoint()
                             now = turn = trio.current_time()
                 self._arrived += sum(map(len, batch))
+                del batch, part  # the next may come in an hour: a connection that is idle must not keep a MiB for it
                 if now - self._measured >= MEASURE_INTERVAL:
                     self._bound_windows(now)
                 if session.has_output:
                     self.wake_writer()
         except (BaseLibp2pError, OSError, trio.BrokenResourceError, trio.ClosedResourceError) as exc:
             self._lost(str(exc) or "the connection broke")
+
+    async def _read_batch(self) -> Sequence[Buffer]:
+        if self._batched:
+            batch: Sequence[Buffer] = await self.secured_conn.read_batch()
+            return batch
+        data = await self.secured_conn.read(None)
+        return [data] if data else []
 
     def _bound_windows(self, now: float) -> None:
         times = self.secured_conn.round_trip_times() if self._batched else None

@@ -156,6 +156,7 @@ class PeerSession:
             if self._protocol.state is not State.NEW:
                 self.open.set()
             await on_messages(self, received)
+            del parts, received  # a session that is idle must not keep what came last
             if self._protocol.state is State.DONE:
                 if self._retired:
                     await self._farewelled.wait()

@@ -7,8 +7,10 @@ import logging
 import os
 import random
 import signal
+import struct
 import subprocess
 import sys
+import weakref
 from collections.abc import AsyncIterator
 
 import libp2p.stream_muxer.muxer_multistream as multistream
@@ -422,3 +424,47 @@ async def test_streams_opened_and_aborted_at_random_are_no_violation() -> None:
                     users.start_soon(use, conn)
             assert a.session.closed is None and b.session.closed is None
             servers.cancel_scope.cancel()
+
+
+class _Weak(bytearray):
+    """Can be referred to weakly, unlike its base."""
+
+
+class _Once:
+    """A secured connection that brings one piece, and nothing more."""
+
+    is_initiator = False
+
+    def __init__(self, piece: _Weak) -> None:
+        self._batch = [memoryview(piece).toreadonly()]
+        self.idle = trio.Event()
+
+    async def read_batch(self) -> list[memoryview]:
+        await trio.lowlevel.checkpoint()
+        if self._batch:
+            return [self._batch.pop()]
+        self.idle.set()
+        await trio.sleep_forever()
+        return []
+
+    async def write_parts(self, frames: object) -> None:
+        await trio.lowlevel.checkpoint()
+
+    def round_trip_times(self) -> None:
+        return None
+
+    async def close(self) -> None:
+        pass
+
+
+async def test_an_idle_connection_keeps_nothing_of_what_came_last() -> None:
+    """That may be 1 MiB on each of 1,000 connections, and is in no budget."""
+    piece = _Weak(struct.pack(">BBHII", 0, 2, 1, 0, 7))  # a ping
+    last, conn = weakref.ref(piece), _Once(piece)
+    del piece
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(Yamux(conn, "peer").start)
+        with trio.fail_after(5):
+            await conn.idle.wait()
+        assert last() is None
+        nursery.cancel_scope.cancel()
