@@ -50,12 +50,13 @@ class CatalogServer:
         self._store = store
         self._publish = publish
         self._streams: Counter[str] = Counter()
+        self._idle: dict[Stream, trio.CancelScope] = {}  # those that wait for a request, the longest first
         self._reading = trio.Lock()  # a storm of requests may not take all worker threads
         transport.handle(PROTOCOL, self._serve)
 
     async def _serve(self, stream: Stream) -> None:
         peer = stream.peer
-        if self._streams[peer] >= MAX_STREAMS_PER_PEER or self._streams.total() >= MAX_STREAMS:
+        if self._streams[peer] >= MAX_STREAMS_PER_PEER or not self._room():
             await stream.reset()
             return
         self._streams[peer] += 1
@@ -63,7 +64,9 @@ class CatalogServer:
         try:
             while True:
                 with trio.move_on_after(SERVE_IDLE_SECONDS) as scope:
+                    self._idle[stream] = scope
                     body = await receive_frame(stream, MAX_REQUEST)
+                self._idle.pop(stream, None)
                 if scope.cancelled_caught or body is None:
                     break
                 after = decode_request(body)
@@ -77,9 +80,21 @@ class CatalogServer:
             log.info("the catalog for %s: %s", peer, error)
             await stream.reset()
         finally:
+            self._idle.pop(stream, None)
             self._streams[peer] -= 1
             if not self._streams[peer]:
                 del self._streams[peer]
+
+    def _room(self) -> bool:
+        """Whether there is room for another stream, made if need be: a few peers that sit on theirs must not keep all
+        others out."""
+        if self._streams.total() < MAX_STREAMS:
+            return True
+        for stream, scope in self._idle.items():
+            del self._idle[stream]
+            scope.cancel()
+            return True
+        return False
 
     async def _answer(self, after: CID | None) -> Page | None:
         if not self._publish:

@@ -165,3 +165,42 @@ async def test_peers_that_ask_nonsense_or_too_much(world: World, tmp_path: Path)
         body = await receive_frame(streams[0], 1 << 20)
         assert body is not None and len(dagcbor.decode(body)["images"]) == 3
     assert trio.current_time() - began >= 9 * publishing.PAGE_INTERVAL
+
+
+async def test_peers_that_sit_on_streams_keep_nobody_out(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(publishing, "MAX_STREAMS", 4)
+    publisher, other = await world.peer("p"), await world.peer("c")
+    CatalogServer(publisher.network, publisher.store, publish=True)
+    expected = provide(publisher, tmp_path, 2)
+    held = []
+    for number in range(4):
+        stream = await world.fabric.node(f"sitter-{number}").open_stream("p", PROTOCOL)
+        await stream.send_all(encode_request(None))
+        assert await receive_frame(stream, 1 << 20) is not None
+        held.append(stream)
+    with trio.fail_after(5):
+        assert {each.image: each.name for each in await published(other.network, "p")} == expected
+        assert await held[0].receive_some(1) == b""  # the one that was silent for the longest time
+        await held[1].send_all(encode_request(None))
+        assert await receive_frame(held[1], 1 << 20) is not None
+    # One that is at work is not sent away.
+    reading, go = trio.Event(), trio.Event()
+
+    async def slow(self: CatalogServer, after: CID | None) -> Page | None:
+        reading.set()
+        await go.wait()
+        return Page(())
+
+    monkeypatch.setattr(publishing, "MAX_STREAMS", 3)
+    monkeypatch.setattr(CatalogServer, "_answer", slow)
+    for stream in held[1:]:
+        await stream.send_all(encode_request(None))
+    await reading.wait()
+    await trio.testing.wait_all_tasks_blocked(0.1)
+    with trio.fail_after(5), pytest.raises(StreamClosed):
+        await published(other.network, "p")
+    go.set()
+    for stream in held[1:]:
+        assert await receive_frame(stream, 1 << 20) is not None
