@@ -5,6 +5,7 @@ The image itself gives path, NAR hash, size, and of a closure all references; th
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -43,6 +44,7 @@ class ImagePaths:
             raise VerificationFailed(f"image {image.id} is not a valid image: {error}") from None
         self._generation = -1
         self._claims: dict[tuple[str, bytes], list[PathClaims]] = {}
+        self._loading = threading.Lock()  # or what was read first may be kept as what came last
         self.reload_if_changed()
 
     async def refresh(self) -> None:
@@ -52,10 +54,11 @@ class ImagePaths:
 
     def reload_if_changed(self) -> None:
         """Take in the claims that came since. Blocks."""
-        generation = self._store.catalog.claims_generation
-        if generation != self._generation:
-            self._claims = claims_table.of_image(self._store.catalog, self.image.id)
-            self._generation = generation
+        with self._loading:
+            generation = self._store.catalog.claims_generation
+            if generation != self._generation:
+                self._claims = claims_table.of_image(self._store.catalog, self.image.id)
+                self._generation = generation
 
     @property
     def root(self) -> StorePath:

@@ -150,12 +150,12 @@ class Mirrors:
         return [row[0] for row in rows]
 
     def keep_list(self, thing: str, entries: Sequence[Entry]) -> None:
-        """Take over what a publisher lists now. What it lists no more stays if it is here completely."""
+        """Take over what a publisher lists now. What it lists no more stays if it was here completely at that time."""
         now = {entry.image for entry in entries}
         with self._catalog.transaction() as db:
             if self.get(thing) is None:
                 return  # ended meanwhile
-            for image in set(self._images_of(thing)) - now:
+            for image in set(self._images_of(thing, " AND listed")) - now:
                 record = self._store.record(image)
                 if record is not None and record.complete:
                     row = (thing, image.to_bytes())
@@ -203,10 +203,9 @@ class Mirrors:
         if not self.wanted_by(image):
             self._drop(image, ())
 
-    def _images_of(self, thing: str) -> list[CID]:
-        return [
-            CID.from_bytes(row[0]) for row in self._catalog.query("SELECT image FROM mirrored WHERE thing = ?", thing)
-        ]
+    def _images_of(self, thing: str, condition: str = "") -> list[CID]:
+        rows = self._catalog.query(f"SELECT image FROM mirrored WHERE thing = ?{condition}", thing)
+        return [CID.from_bytes(row[0]) for row in rows]
 
     def _drop(self, image: CID, things: Sequence[str]) -> None:
         with self._catalog.transaction() as db:

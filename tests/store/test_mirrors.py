@@ -266,3 +266,22 @@ def test_status_tells_of_mirrors_in_short(store: Store, monkeypatch: pytest.Monk
         pairs[0],
         ("mirrors", "and 2 more; `p2pnode mirror` lists them"),
     ]
+
+
+def test_damage_to_a_copy_that_the_publisher_has_no_more_lets_nothing_go(store: Store) -> None:
+    """It may be the last: it is mended from wherever it can be, and told of until then."""
+    image = complete(store, 1)
+    listed = Mirrors(store)
+    listed.add(PEER, (), None)
+    listed.keep_list(PEER, [entry(image)])
+    keep(store, image)
+    listed.keep_list(PEER, [])
+    digest = next(iter(image.chunks))
+    store.catalog.drop_chunk(digest, store.catalog.locations(digest)[0].source.id)
+    listed.keep_list(PEER, [])
+    (row,) = listed.images(PEER)
+    assert row.image == image.id and not row.listed and not row.complete
+    assert pinned(store, image)
+    assert local.mirror_states(store)[0]["complete_images"] == 0
+    local.pin(store, str(image.id), pinned=False)  # until somebody here lets it go
+    assert listed.images(PEER) == [] and not pinned(store, image)
