@@ -22,7 +22,7 @@ from p2pnode.gateway.narinfos import Narinfos
 from p2pnode.gateway.nars import MANIFEST_SECONDS, SWARM_SECONDS, Nars, Source
 from p2pnode.gateway.peers import NarinfoClient
 from p2pnode.gateway.records import PathRecords, narinfo_of
-from p2pnode.gateway.routes import Kind, Route, Span, Unsatisfiable, nar_url, route, span
+from p2pnode.gateway.routes import Kind, Route, Span, Unsatisfiable, matches, nar_url, route, span
 from p2pnode.gateway.search import SwarmSearch
 from p2pnode.gateway.statistics import Counts, GatewayStatistics
 from p2pnode.gateway.upstream import open_upstreams
@@ -204,12 +204,18 @@ class Gateway:
         zstd = wanted.kind is Kind.NAR_ZSTD
         tag = f'"{nar_url(wanted.key, zstd=zstd)}"'
         headers = (NAR_TYPE, ("Accept-Ranges", "bytes"), ("ETag", tag))
-        if request.method == "HEAD" and not zstd:
+        unchanged = matches(request.headers.get("if-none-match"), tag)
+        if unchanged or (request.method == "HEAD" and not zstd):
             size = await self._nars.size(wanted.key)
-            return NOT_FOUND if size is None else Response(200, headers, _nothing(), size)
+            if size is not None:
+                return Response(304, headers[1:]) if unchanged else Response(200, headers, _nothing(), size)
+            if not unchanged:
+                return NOT_FOUND
         source = await (self._nars.open_zstd(wanted.key) if zstd else self._nars.open(wanted.key))
         if source is None:
             return NOT_FOUND
+        if request.method == "HEAD":  # ranges are for GET alone (RFC 9110, 14.2)
+            return Response(200, headers, _nothing(), source.size)
         asked = request.headers.get("range") if request.headers.get("if-range", tag) == tag else None
         return self._ranged(source, asked, headers)
 

@@ -30,6 +30,7 @@ HEAD_GRACE = 1.0  # once no more connections are taken: how long a first or begu
 WRITE_GRACE = 5.0  # ... and a reader to take a piece, before it is ended to make room for others
 READ_SIZE = 16 << 10
 BACKLOG = 128
+READING = (b"GET", b"HEAD")  # methods that come without a body
 WARN_SECONDS = 60.0  # between two lines that say that there is no room
 
 Body = AsyncIterator[bytes | memoryview]
@@ -187,7 +188,9 @@ class Server:
                 request = await self._request(connection, http)
             except h11.RemoteProtocolError as error:
                 if http.our_state in (h11.IDLE, h11.SEND_RESPONSE):
-                    refusal = Response(error.error_status_hint, (("Connection", "close"),), b"bad request\n")
+                    # h11 has 501 for transfer encodings that nobody uses: even then no 5xx, see `Server`.
+                    status = error.error_status_hint if error.error_status_hint < 500 else 400
+                    refusal = Response(status, (("Connection", "close"),), b"bad request\n")
                     await self._respond(connection, http, refusal, "GET")
                 return
             if request is None:
@@ -211,6 +214,8 @@ class Server:
         with trio.CancelScope(deadline=trio.current_time() + IDLE_SECONDS) as scope:
             while True:
                 event = http.next_event()
+                if head is not None and not isinstance(event, h11.EndOfMessage) and head.method not in READING:
+                    return self._asked(connection, head)  # its body is not waited for: the answer does not depend on it
                 if event is h11.NEED_DATA:
                     data = await connection.stream.receive_some(READ_SIZE)
                     if data and not begun:
@@ -223,16 +228,22 @@ class Server:
                 elif isinstance(event, h11.Data):
                     raise h11.RemoteProtocolError("a request with a body", error_status_hint=413)
                 elif isinstance(event, h11.EndOfMessage) and head is not None:
-                    headers = {name.decode("latin-1"): value.decode("latin-1") for name, value in head.headers}
-                    connection.since = math.inf
-                    return Request(head.method.decode("latin-1"), head.target.decode("latin-1"), headers)
+                    return self._asked(connection, head)
                 else:  # h11.ConnectionClosed, h11.PAUSED
                     return None
         return None
 
+    def _asked(self, connection: _Connection, head: h11.Request) -> Request:
+        """From now on it is our turn."""
+        connection.since = math.inf
+        headers = {name.decode("latin-1"): value.decode("latin-1") for name, value in head.headers}
+        return Request(head.method.decode("latin-1"), head.target.decode("latin-1"), headers)
+
     async def _respond(self, connection: _Connection, http: h11.Connection, response: Response, method: str) -> bool:
         """Whether all of it was sent."""
-        headers = [*response.headers, ("Content-Length", str(response.size))]
+        headers = list(response.headers)
+        if response.status != 304:  # which is about a body that the client has
+            headers.append(("Content-Length", str(response.size)))
         head = http.send(h11.Response(status_code=response.status, headers=headers)) or b""
         if isinstance(response.body, bytes):
             data = b"" if method == "HEAD" or not response.body else http.send(h11.Data(data=response.body)) or b""

@@ -94,3 +94,10 @@ def span(header: str | None, size: int) -> Span | None:
     if start >= size:
         raise Unsatisfiable
     return Span(start, min(size, int(match[2]) + 1) if match[2] else size)
+
+
+def matches(header: str | None, tag: str) -> bool:
+    """Whether an If-None-Match header names the entity tag `tag`, quotes included (RFC 9110, 13.1.2)."""
+    if header is None:
+        return False
+    return any(each.strip().removeprefix("W/") in (tag, "*") for each in header.split(","))

@@ -107,6 +107,35 @@ async def test_ranges_and_compressed_ranges(world: World) -> None:
     assert rest.content == whole.content[700_000:]
 
 
+@pytest.mark.parametrize("suffix", ["", ".zst"])
+async def test_head_tells_what_get_gives_and_what_is_unchanged_is_not_sent(world: World, suffix: str) -> None:
+    node = await world.node("p")
+    (lib,) = node.provide({"lib": (content(1 << 20), ())})
+    client = await world.gateway(node)
+    url = lib.nar_url + suffix
+    whole = await client.get(url)
+    for headers in ({}, {"Range": "bytes=0-9"}, {"Range": "bytes=99999999-"}, {"If-None-Match": '"other"'}):
+        head = await client.head(url, headers=headers)  # ranges are for GET alone
+        assert head.status_code == 200 and head.headers == whole.headers and not head.content
+    for method in ("GET", "HEAD"):
+        same = await client.request(method, url, headers={"If-None-Match": whole.headers["etag"]})
+        assert same.status_code == 304 and not same.content and "content-length" not in same.headers
+        assert same.headers["etag"] == whole.headers["etag"]
+    absent = "/nar/" + "0" * 52 + ".nar" + suffix
+    assert (await client.get(absent, headers={"If-None-Match": "*"})).status_code == 404
+
+
+@pytest.mark.parametrize("method", ["PUT", "POST", "DELETE", "OPTIONS"])
+async def test_nothing_can_be_written(world: World, method: str) -> None:
+    node = await world.node("p")
+    (lib,) = node.provide({"lib": (b"x" * 100, ())})
+    client = await world.gateway(node)
+    for body in (b"", b"x" * 1000):
+        answer = await client.request(method, lib.narinfo_url, content=body)
+        assert answer.status_code == 405 and answer.headers["allow"] == "GET, HEAD"
+    assert (await client.get(lib.narinfo_url)).status_code == 200
+
+
 async def test_unsigned_and_wrongly_signed_paths_are_not_there(world: World) -> None:
     p, c = await world.node("p"), await world.node("c")
     (unsigned,) = p.provide({"unsigned": (b"u" * 100, ())}, key=None)

@@ -77,8 +77,12 @@ async def talk(port: int, data: bytes) -> bytes:
         (b"GET / HTTP/1.1\r\n\r\n", b"400"),  # no Host
         (b"GET /" + b"x" * 20_000, b"431"),
         (b"GET / HTTP/1.1\r\nHost: h\r\n" + b"a: b\r\n" * 3000, b"431"),
-        (b"POST / HTTP/1.1\r\nHost: h\r\nContent-Length: 4\r\n\r\nbody", b"413"),
-        (b"POST / HTTP/1.1\r\nHost: h\r\nTransfer-Encoding: chunked\r\n\r\n4\r\nbody\r\n0\r\n\r\n", b"413"),
+        (b"GET /small HTTP/1.1\r\nHost: h\r\nContent-Length: 4\r\n\r\nbody", b"413"),
+        (b"GET /small HTTP/1.1\r\nHost: h\r\nTransfer-Encoding: chunked\r\n\r\n4\r\nbody\r\n0\r\n\r\n", b"413"),
+        (b"GET /small HTTP/1.1\r\nHost: h\r\nTransfer-Encoding: gzip\r\n\r\n", b"400"),  # never a 5xx
+        # The body of what is refused anyway is not waited for.
+        (b"PUT /x HTTP/1.1\r\nHost: h\r\nContent-Length: 9000000\r\nExpect: 100-continue\r\n\r\n", b"404"),
+        (b"POST /x HTTP/1.1\r\nHost: h\r\nContent-Length: 4\r\n\r\nbody", b"404"),
         (b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03", b"400"),  # TLS
     ],
 )

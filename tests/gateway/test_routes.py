@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from p2pnode.gateway.routes import Kind, Route, Span, Unsatisfiable, nar_url, route, span
+from p2pnode.gateway.routes import Kind, Route, Span, Unsatisfiable, matches, nar_url, route, span
 from p2pnode.nix.hashes import nix32_encode
 
 
@@ -53,3 +53,20 @@ def test_ranges(header: str | None, expected: Span | None) -> None:
 def test_ranges_behind_the_end(header: str) -> None:
     with pytest.raises(Unsatisfiable):
         span(header, 100)
+
+
+@pytest.mark.parametrize(
+    ("header", "expected"),
+    [
+        (None, False),
+        ('"a"', True),
+        ('W/"a"', True),
+        ("*", True),
+        ('"b", "a"', True),
+        ('"b"', False),
+        ("a", False),
+        ("", False),
+    ],
+)
+def test_entity_tags(header: str | None, expected: bool) -> None:
+    assert matches(header, '"a"') == expected
