@@ -244,6 +244,66 @@ async def test_a_nar_that_drips_or_stalls(monkeypatch, compression):
                 await whole(cache, narinfo)
 
 
+async def test_a_nar_that_drips_behind_a_large_size(monkeypatch):
+    """The size of the file is not signed, and buys no time."""
+
+    async def handler(target: str, stream: trio.SocketStream) -> None:
+        await stream.send_all(response(b"", length=1 << 60))
+        while True:
+            await stream.send_all(b"x")
+            await trio.sleep(0.02)
+
+    monkeypatch.setattr(binary_cache, "STALL_TIMEOUT", 0.3)
+    narinfo = dataclasses.replace(PLAIN, compression="none", file_hash=None, file_size=1 << 60)
+    with trio.fail_after(10):
+        async with serving(handler) as url, open_cache(url) as cache:
+            with pytest.raises(NetworkTimeout, match="given up"):
+                await whole(cache, narinfo)
+
+
+async def test_a_slow_nar_that_comes_fast_enough_is_waited_for(monkeypatch):
+    async def handler(target: str, stream: trio.SocketStream) -> None:
+        await stream.send_all(response(b"", length=len(PLAIN_NAR)))
+        for byte in PLAIN_NAR:
+            await stream.send_all(bytes([byte]))
+            await trio.sleep(0.005)
+
+    monkeypatch.setattr(binary_cache, "STALL_TIMEOUT", 0.5)
+    monkeypatch.setattr(binary_cache, "MIN_RATE", 10)
+    narinfo = dataclasses.replace(PLAIN, compression="none", file_hash=None, file_size=None)
+    assert len(PLAIN_NAR) * 0.005 > 0.5
+    async with serving(handler) as url, open_cache(url) as cache:
+        assert await whole(cache, narinfo) == PLAIN_NAR
+
+
+ENDLESS = {
+    "padding": ("xz", lzma.compress(PLAIN_NAR), bytes(1 << 16)),
+    "empty xz streams": ("xz", b"", lzma.compress(b"") * 2000),
+    "empty gzip members": ("gzip", b"", gzip.compress(b"") * 3000),
+    "empty bzip2 streams": ("bzip2", b"", bz2.compress(b"") * 4000),
+    "skippable zstd frames": ("zstd", b"", b"\x50\x2a\x4d\x18\0\0\1\0" + bytes(1 << 16)),
+}
+
+
+@pytest.mark.parametrize("kind", ENDLESS)
+@pytest.mark.parametrize("file_size", [None, 1 << 60])
+async def test_a_file_that_never_ends_and_gives_nothing(kind, file_size):
+    compression, first, rest = ENDLESS[kind]
+
+    async def handler(target: str, stream: trio.SocketStream) -> None:
+        await stream.send_all(b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n")
+        if first:
+            await stream.send_all(b"%x\r\n%b\r\n" % (len(first), first))
+        while True:
+            await stream.send_all(b"%x\r\n%b\r\n" % (len(rest), rest))
+
+    narinfo = dataclasses.replace(PLAIN, compression=compression, file_hash=None, file_size=file_size)
+    with trio.fail_after(10):
+        async with serving(handler) as url, open_cache(url) as cache:
+            with pytest.raises(VerificationFailed, match="longer"):
+                await whole(cache, narinfo)
+
+
 COMPRESS = {
     "none": bytes,
     "xz": lzma.compress,
