@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import trio
 
@@ -20,7 +20,7 @@ from p2pnode.gateway.search import SwarmSearch
 from p2pnode.gateway.upstream import Upstream
 from p2pnode.nix.hashes import nix32_encode
 from p2pnode.nix.narinfo import NarInfo, parse
-from p2pnode.nix.signatures import SignedInfo
+from p2pnode.nix.signatures import Signature, SignedInfo
 from p2pnode.nix.trust import judge
 from p2pnode.nix.trust_policy import Trust
 from protocols.cid import CID
@@ -37,10 +37,13 @@ MAX_OFFERS = 4096
 
 @dataclass(frozen=True, slots=True)
 class Offer:
-    """A path that was found and is trusted, and where its NAR may be: at a peer, in an upstream cache, or here."""
+    """A path that was found and is trusted, and where its NAR may be: at a peer, in an upstream cache, or here.
+
+    `proved`: the signatures that trusted keys made, none if the contents prove it; None if nothing does.
+    """
 
     signed: SignedInfo
-    proved: bool
+    proved: tuple[Signature, ...] | None
     peer: str | None = None
     image: CID | None = None
     number: int = 0
@@ -111,8 +114,11 @@ class Narinfos:
         refused: str | None = None
         for record in self._by_worth(self._records.of_part(part)):
             proved, complaint = self._judge(record.signed)
-            if proved or not self._trust.demanded:
-                return record.signed
+            if proved is not None or not self._trust.demanded:
+                # What counts comes first: of a hundred signatures that peers added a narinfo takes some.
+                first = proved or ()
+                others = (each for each in record.signed.signatures if each not in first)
+                return SignedInfo(record.signed.info, (*first, *others))
             refused = refused or complaint
         if refused is not None:
             log.warning("not offered: %s", refused)
@@ -120,23 +126,23 @@ class Narinfos:
 
     def _by_worth(self, records: list[Record]) -> list[Record]:
         """Complete ones first, and of these the ones that are trusted: two closures may say different things."""
-        return sorted(records, key=lambda each: (not self._judge(each.signed)[0], not each.complete))
+        return sorted(records, key=lambda each: (self._judge(each.signed)[0] is None, not each.complete))
 
-    def _judge(self, signed: SignedInfo) -> tuple[bool, str]:
-        """Whether a path is proved, and if not, what to say about it."""
+    def _judge(self, signed: SignedInfo) -> tuple[tuple[Signature, ...] | None, str]:
+        """What proves a path, as `Offer` has it, and if nothing does, what to say about it."""
         verdict = judge(signed.info, signed.signatures, self._trust.keys)
         if verdict.trusted:
-            return True, ""
+            return tuple(self._trust.keys.verifying(signed.info, signed.signatures)), ""
         keys = ", ".join(verdict.seen[:5]) or "nobody"
-        return False, f"{signed.info.path} is signed by {keys}, trusted are {', '.join(self._trust.keys.names)}"
+        return None, f"{signed.info.path} is signed by {keys}, trusted are {', '.join(self._trust.keys.names)}"
 
-    def _accept(self, narinfo: NarInfo, origin: str) -> bool | None:
-        """Whether it is proved; None if it is refused, which is logged."""
+    def _accept(self, narinfo: NarInfo, origin: str) -> Offer | None:
+        """What it offers, less where that is; None if it is refused, which is logged."""
         proved, complaint = self._judge(narinfo.signed)
-        if self._trust.demanded and not proved:
+        if self._trust.demanded and proved is None:
             log.warning("%s offers what is not trusted: %s", origin, one_line(complaint, 500))
             return None
-        return proved
+        return Offer(narinfo.signed, proved)
 
     async def _fly(self, part: bytes, flight: _Flight) -> None:
         """The top of a look-up's task."""
@@ -173,16 +179,16 @@ class Narinfos:
                 except NarInfoError as error:
                     log.warning("peer %s: %s", peer, one_line(str(error), 500))
                     return False
-                proved = self._accept(narinfo, f"peer {peer}")
-                if proved is None:
+                accepted = self._accept(narinfo, f"peer {peer}")
+                if accepted is None:
                     return False
-                take(Offer(narinfo.signed, proved, peer, found.image, found.number))
+                take(replace(accepted, peer=peer, image=found.image, number=found.number))
                 return True
 
             async def ask(upstream: Upstream) -> None:
                 narinfo = await upstream.narinfo(digest, self._lookup_seconds)
-                if narinfo is not None and (proved := self._accept(narinfo, upstream.cache.url)) is not None:
-                    take(Offer(narinfo.signed, proved, upstream=upstream, narinfo=narinfo))
+                if narinfo is not None and (accepted := self._accept(narinfo, upstream.cache.url)) is not None:
+                    take(replace(accepted, upstream=upstream, narinfo=narinfo))
 
             for upstream in self._upstreams:
                 if not upstream.resting:
@@ -198,9 +204,9 @@ class Narinfos:
             narinfo = await upstream.narinfo(signed.info.path.digest, LOOKUP_LIMIT)
             if narinfo is None or narinfo.info.nar_hash != signed.info.nar_hash:
                 continue
-            proved = self._accept(narinfo, upstream.cache.url)
-            if proved is not None:
-                return Offer(narinfo.signed, proved, upstream=upstream, narinfo=narinfo)
+            accepted = self._accept(narinfo, upstream.cache.url)
+            if accepted is not None:
+                return replace(accepted, upstream=upstream, narinfo=narinfo)
         return None
 
     def _remember(self, part: bytes, offer: Offer) -> None:

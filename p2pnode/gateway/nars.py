@@ -29,6 +29,7 @@ from p2pnode.gateway.statistics import Origin
 from p2pnode.gateway.upstream import Spool, Upstream
 from p2pnode.nix.content_address import check_beside_nar_hash
 from p2pnode.nix.narinfo import NarInfo
+from p2pnode.nix.signatures import Signature
 from p2pnode.store import Store
 from p2pnode.swarm.objects import ObjectFetcher, ObjectRun
 from protocols.cid import CID
@@ -50,6 +51,10 @@ MAX_SPOOLS = 16  # downloads from upstream caches at a time; others wait
 
 ImageGetter = Callable[[CID, str | None], Awaitable[Image]]
 """The manifest of an image, from the store or from the swarm, a peer that has it given. Raises NodeError."""
+
+
+Proved = tuple[Signature, ...] | None
+"""As in `Offer`."""
 
 
 class Source(Protocol):
@@ -414,7 +419,7 @@ class Nars:
             return None
         return SpoolSource(spool, self._readers)
 
-    async def _download(self, nar_hash: bytes, spool: Spool, upstream: Upstream, proved: bool) -> None:
+    async def _download(self, nar_hash: bytes, spool: Spool, upstream: Upstream, proved: Proved) -> None:
         """The top of a download's task."""
         failure: NodeError | None = RemoteError("the download was stopped")
         try:
@@ -440,6 +445,6 @@ class Nars:
             self._spools.pop(nar_hash, None)
             spool.imported.set()
 
-    def _keep(self, image: Image, narinfo: NarInfo, proved: bool) -> None:
+    def _keep(self, image: Image, narinfo: NarInfo, proved: Proved) -> None:
         self._records.learn(image)
         self._records.keep(narinfo.signed, proved=proved)

@@ -6,6 +6,7 @@ claims beside it (store/claims.py) whenever it is asked for; that a row is here 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from p2pnode.errors import NixError
@@ -91,10 +92,16 @@ class PathRecords:
             db.executemany("INSERT OR IGNORE INTO store_paths VALUES (?, ?, ?, ?)", rows)
         return True
 
-    def keep(self, signed: SignedInfo, *, proved: bool) -> None:
-        """Keep what a narinfo says beside an image that is here. `proved`: a trusted signature or the contents do."""
-        said = [claims_of(signed)]
-        claims.merge(self._store.catalog, said if proved else (), () if proved else said)
+    def keep(self, signed: SignedInfo, *, proved: Sequence[Signature] | None) -> None:
+        """Keep what a narinfo says beside an image that is here.
+
+        `proved`: its signatures by trusted keys, none if the contents prove it; None if nothing does. All others are
+        kept within limits: whoever passes a good signature on may add any number of his own.
+        """
+        good = [] if proved is None else [claims_of(SignedInfo(signed.info, tuple(proved)))]
+        others = tuple(each for each in signed.signatures if each not in (proved or ()))
+        rest = [claims_of(SignedInfo(signed.info, others))] if others or proved is None else []
+        claims.merge(self._store.catalog, good, rest)
 
     def of_part(self, part: bytes) -> list[Record]:
         """What is here for a hash part (20 bytes)."""

@@ -12,15 +12,20 @@ import trio
 from p2pnode.errors import StreamClosed
 from p2pnode.gateway.records import narinfo_of, part_of
 from p2pnode.images.objects import ImportRun
+from p2pnode.images.paths import claims_of
 from p2pnode.net.frames import receive_frame
 from p2pnode.net.transport import Stream
+from p2pnode.nix.narinfo import MAX_SIGNATURES, parse
+from p2pnode.nix.signatures import Signature, SignedInfo
+from p2pnode.nix.trust import judge
 from p2pnode.progress import silent
+from p2pnode.store import claims
 from p2pnode.store.records import Origin
 from protocols.cid import CID, Codec
 from protocols.manifest import FASTCDC, Image, Kind, encode_image
 from protocols.narinfo import MAX_REQUEST, PROTOCOL, Found, decode_request, encode_answer
 from tests.gateway.nodes import World
-from tests.nix.caches import path, text, vectors
+from tests.nix.caches import KEYS, path, text, vectors
 from tests.swarm.peers import content
 
 Reply = Callable[[Stream, tuple[bytes, ...]], Awaitable[None]]
@@ -181,3 +186,22 @@ async def test_a_peer_that_asks_nonsense(world: World) -> None:
         with trio.fail_after(5):
             with pytest.raises(StreamClosed):
                 await stream.receive_some(100)
+
+
+async def test_a_crowd_of_signatures_hides_none_that_counts(world: World) -> None:
+    """Narinfos with a good signature among many of which nobody knows the keys, one after the other."""
+    node = await world.node("p")
+    (lib,) = node.provide({"lib": (content(1000), ())})
+    for number in range(4):
+        crowd = tuple(Signature(f"!{number}-{each}", bytes(64)) for each in range(MAX_SIGNATURES - 1))
+        said = SignedInfo(lib.signed.info, (*crowd, *lib.signed.signatures))
+        node.records.keep(said, proved=lib.signed.signatures)
+    # What others are told, and what stands in a catalog that was filled otherwise.
+    for client in (await world.gateway(node), await world.gateway(await world.node("c"))):
+        narinfo = parse((await client.get(lib.narinfo_url)).content, expect=lib.path)
+        assert judge(narinfo.info, narinfo.signatures, KEYS).trusted
+    claimed = claims_of(SignedInfo(lib.signed.info, tuple(Signature(f"!{n}", bytes(64)) for n in range(100))))
+    claims.merge(node.store.catalog, [claimed])
+    client = await world.gateway(node)
+    narinfo = parse((await client.get(lib.narinfo_url)).content, expect=lib.path)
+    assert judge(narinfo.info, narinfo.signatures, KEYS).trusted
