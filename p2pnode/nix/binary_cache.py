@@ -40,7 +40,7 @@ LOOKUP_TIMEOUT = 10.0
 """Seconds for a whole narinfo or nix-cache-info, whose body is a few hundred bytes."""
 
 MIN_RATE = 16 << 10
-"""Bytes per second below which a NAR is given up after STALL_TIMEOUT: a body that drips would hold its reader for days."""
+"""Bytes per second below which a NAR is given up after STALL_TIMEOUT: one that drips would take its reader days."""
 
 MAX_REDIRECTS = 10  # as in Nix
 

@@ -9,30 +9,15 @@ from __future__ import annotations
 
 import os
 import secrets
-from collections.abc import AsyncIterator, Callable, Iterable, Iterator
+from collections.abc import AsyncIterator, Iterable, Iterator
 from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 
 from p2pnode.errors import DaemonUnavailable, NixError, NixMissing, OutputExists
-from p2pnode.nix.cli import topological_order
-from p2pnode.nix.daemon import DaemonConnection, OpenNar, connect_process, connect_socket
+from p2pnode.nix.daemon import DaemonConnection, connect_process, connect_socket
 from p2pnode.nix.nar_format import write_error
 from p2pnode.nix.signatures import SignedInfo
 from p2pnode.nix.storepath import STORE_DIR, StorePath
-
-
-@dataclass(frozen=True, slots=True)
-class StoreReport:
-    """What an import did. `added` in the order in which they became valid; `present` were valid before, untouched.
-
-    `nar_bytes`: of the added paths. `root`: the link that now keeps the closure.
-    """
-
-    added: tuple[StorePath, ...]
-    present: tuple[StorePath, ...]
-    nar_bytes: int
-    root: Path | None = None
 
 
 class StoreSession:
@@ -64,33 +49,6 @@ class StoreSession:
                 raise NixError(f"{path} is not a valid path of this Nix store")
             found.append(signed)
         return found
-
-    async def add(
-        self,
-        paths: Iterable[SignedInfo],
-        open_nar: OpenNar,
-        *,
-        check_signatures: bool = True,
-        added: Callable[[SignedInfo], None] = lambda path: None,
-    ) -> StoreReport:
-        """Make `paths` valid, references first, and skip those that are valid already: their NARs are not opened.
-
-        `open_nar` is called for one path at a time, in that order; what it gives must have been verified. `added`
-        hears of each path as soon as it is valid. Raises what `DaemonConnection.add_path` raises, and NixError for
-        references that go in a circle; paths before the one at fault stay valid.
-        """
-        signed = {each.info.path: each for each in paths}
-        order = [info.path for info in topological_order(each.info for each in signed.values())]
-        missing = await self.missing(order)
-        for path in missing:
-            await self.connection.add_path(signed[path], open_nar, check_signatures=check_signatures)
-            added(signed[path])
-        was_missing = set(missing)
-        return StoreReport(
-            added=tuple(missing),
-            present=tuple(path for path in order if path not in was_missing),
-            nar_bytes=sum(signed[path].info.nar_size for path in missing),
-        )
 
     @asynccontextmanager
     async def root(self, link: Path, target: StorePath) -> AsyncIterator[Path]:
@@ -132,27 +90,6 @@ def may_write(directory: Path) -> bool:
     """Whether this user may write there, or may make it: a Nix that was just installed has no store yet."""
     there = next(each for each in (directory, *directory.parents) if each.exists())
     return there.is_dir() and os.access(there, os.W_OK)
-
-
-async def into_store(
-    paths: Iterable[SignedInfo],
-    open_nar: OpenNar,
-    *,
-    top: StorePath | None = None,
-    add_root: Path | None = None,
-    socket: Path | None = None,
-    store_root: Path | None = None,
-    check_signatures: bool = True,
-) -> StoreReport:
-    """Import `paths` in one session; with `add_root`, `top` is rooted there before the first of them is valid."""
-    if add_root is not None and top is None:
-        raise ValueError("a root needs to know which path it is for")
-    async with open_session(socket=socket, store_root=store_root) as session:
-        if add_root is None or top is None:
-            return await session.add(paths, open_nar, check_signatures=check_signatures)
-        async with session.root(add_root, top) as root:
-            report = await session.add(paths, open_nar, check_signatures=check_signatures)
-        return StoreReport(report.added, report.present, report.nar_bytes, root)
 
 
 @contextmanager
