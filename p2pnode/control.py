@@ -74,6 +74,8 @@ class NodeAPI(Protocol):
         report: Report,
         tell: Tell,
         sign_keys: Sequence[str] = (),
+        require_signatures: str | None = None,
+        trusted_keys: Sequence[str] = (),
     ) -> None:
         """Import what the binary cache at a URL or absolute path holds, or the closures of `paths` in it, and serve it.
 
@@ -364,6 +366,10 @@ _FLAG = _Arg("true or false", lambda value: isinstance(value, bool), False)
 _KEY_FILES = _Arg(
     f"a list of at most {MAX_KEYS} absolute paths", lambda value: _are_texts(value) and all(map(_is_path, value)), []
 )
+_POLICY = _Arg(
+    f"one of {', '.join(SIGNATURE_POLICIES)}, or null", lambda value: value is None or value in SIGNATURE_POLICIES, None
+)
+_TRUSTED_KEYS = _Arg(f"a list of at most {MAX_KEYS} public keys", _are_texts, [])
 _TIMEOUT = _Arg(
     "a positive number of seconds",
     lambda value: isinstance(value, int | float) and not isinstance(value, bool) and 0 < value <= MAX_TIMEOUT,
@@ -462,6 +468,8 @@ _OPERATIONS: dict[str, _Operation] = {
             ),
             "name": _NAME,
             "sign_keys": _KEY_FILES,
+            "require_signatures": _POLICY,
+            "trusted_keys": _TRUSTED_KEYS,
         },
         streams=True,
     ),
@@ -473,12 +481,8 @@ _OPERATIONS: dict[str, _Operation] = {
             "into_store": _FLAG,
             "add_root": _PATH,
             "to_cache": _PATH,
-            "require_signatures": _Arg(
-                f"one of {', '.join(SIGNATURE_POLICIES)}, or null",
-                lambda value: value is None or value in SIGNATURE_POLICIES,
-                None,
-            ),
-            "trusted_keys": _Arg(f"a list of at most {MAX_KEYS} public keys", _are_texts, []),
+            "require_signatures": _POLICY,
+            "trusted_keys": _TRUSTED_KEYS,
             "force": _FLAG,
             "keep_chunks": _FLAG,
             "timeout": _TIMEOUT,

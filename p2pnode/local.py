@@ -271,6 +271,8 @@ def publish(
     report: Report,
     tell: Callable[[Result], None],
     sign_keys: Sequence[str] = (),
+    require_signatures: str | None = None,
+    trusted_keys: Sequence[str] = (),
 ) -> None:
     """Import what a binary cache holds without serving it; `tell` gets the results of `Node.publish` as they come."""
     import trio
@@ -283,7 +285,7 @@ def publish(
             tell(result)
 
     async def run() -> None:
-        settings = publish_settings(config, name, sign_keys)
+        settings = publish_settings(config, name, sign_keys, require_signatures, trusted_keys)
         roots = [publishing.parse_root(path) for path in paths]
         async with publishing.parse_cache(cache, roots, name) as opened:
             await publishing.publish(store, opened, roots, settings, told, report)
@@ -291,7 +293,13 @@ def publish(
     trio.run(run)
 
 
-def publish_settings(config: Config, name: str | None, sign_keys: Sequence[str]) -> Settings:
+def publish_settings(
+    config: Config,
+    name: str | None,
+    sign_keys: Sequence[str],
+    require_signatures: str | None = None,
+    trusted_keys: Sequence[str] = (),
+) -> Settings:
     """How a cache is published. Raises ConfigError for keys that cannot be read."""
     from p2pnode.images.publish import Settings
     from p2pnode.nix import trust_policy
@@ -300,7 +308,8 @@ def publish_settings(config: Config, name: str | None, sign_keys: Sequence[str])
 
     chunking = Chunking.fixed(config.chunk_size) if config.chunk_size else FASTCDC
     keys = read_secret_keys([*config.sign_keys, *sign_keys])
-    trust = trust_policy.of_fetch(config.require_signatures, config.trusted_public_keys, (), into_store=False)
+    policy = require_signatures or config.require_signatures
+    trust = trust_policy.of_fetch(policy, config.trusted_public_keys, trusted_keys, into_store=False)
     return Settings(chunking, config.home / "store" / "spool", keys, trust, name)
 
 

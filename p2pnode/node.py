@@ -226,14 +226,19 @@ class Node:
         report: Report,
         tell: Callable[[dict[str, Any]], Awaitable[None]],
         sign_keys: Sequence[str] = (),
+        require_signatures: str | None = None,
+        trusted_keys: Sequence[str] = (),
     ) -> None:
         """Import what a binary cache holds, or the closures of `paths` in it, and serve it.
 
-        `tell` gets each image as soon as it is being served, and each fault: `local.published`.
+        `tell` gets each image as soon as it is being served, and each fault: `local.published`. `require_signatures`
+        and `trusted_keys` as for `fetch`.
         """
         from p2pnode.images import publish as publishing  # httpx takes 0.1 s to import
 
-        settings = await trio.to_thread.run_sync(local.publish_settings, self._config, name, sign_keys)
+        settings = await trio.to_thread.run_sync(
+            local.publish_settings, self._config, name, sign_keys, require_signatures, trusted_keys
+        )
         roots = [publishing.parse_root(path) for path in paths]
 
         async def told(outcome: publishing.Outcome) -> None:

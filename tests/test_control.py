@@ -48,6 +48,8 @@ class SmallNode:
         report: Report,
         tell: control.Tell,
         sign_keys: Sequence[str] = (),
+        require_signatures: str | None = None,
+        trusted_keys: Sequence[str] = (),
     ) -> None:
         async with trio.open_nursery() as nursery:
             for number in range(100):

@@ -60,6 +60,11 @@ def cache() -> None:
     multiple=True,
     help="Sign every store path with this secret key too, as nix-store --generate-binary-cache-key makes them.",
 )
+@options.require_signatures(
+    "By default if p2pnode has a key of its own (trusted_public_keys, --trusted-key); never in a directory that "
+    "--sign-key signs."
+)
+@options.trusted_keys
 @options.network
 @pass_app
 def publish(
@@ -69,6 +74,8 @@ def publish(
     name: str | None,
     no_serve: bool,
     sign_keys: tuple[str, ...],
+    require_signatures: str | None,
+    trusted_keys: tuple[str, ...],
     listen: tuple[str, ...],
     bootstrap: tuple[str, ...],
     no_mdns: bool,
@@ -93,6 +100,8 @@ def publish(
         "paths": roots,
         "name": name,
         "sign_keys": [absolute(path) for path in sign_keys],
+        "require_signatures": require_signatures,
+        "trusted_keys": list(trusted_keys),
     }
     from p2pnode.images.publish import parse_cache, parse_root
 

@@ -9,7 +9,6 @@ import click
 from p2pnode import link
 from p2pnode.cli import display, options, text
 from p2pnode.cli.app import App, absolute, own_port, pass_app
-from p2pnode.config import SIGNATURE_POLICIES
 from p2pnode.errors import OutputExists, UsageError
 from p2pnode.net import addresses
 
@@ -20,15 +19,11 @@ from p2pnode.net import addresses
 @click.option("--into-store", is_flag=True, help="Put the store paths into the Nix store; those valid there are kept.")
 @click.option("--add-root", metavar="LINK", help="With --into-store: make LINK a root for the garbage collector.")
 @click.option("--to-cache", metavar="DIR", help="Put the store paths into a binary cache that any Nix can read.")
-@click.option(
-    "--require-signatures",
-    type=click.Choice(SIGNATURE_POLICIES),
-    help="Whether store paths must be signed by a trusted key, or proved by their content address. By default into the "
-    "Nix store if Nix requires it, elsewhere if p2pnode has a key of its own (trusted_public_keys, --trusted-key).",
+@options.require_signatures(
+    "By default into the Nix store if Nix requires it, elsewhere if p2pnode has a key of its own (trusted_public_keys, "
+    "--trusted-key)."
 )
-@click.option(
-    "--trusted-key", "trusted_keys", metavar="NAME:BASE64", multiple=True, help="Trust this public key as well."
-)
+@options.trusted_keys
 @click.option("--force", is_flag=True, help="Replace OUT if it exists.")
 @click.option("--keep-chunks", is_flag=True, help="Keep the store's own copy beside OUT.")
 @click.option(

@@ -86,6 +86,42 @@ def test_bad_paths(cli: CLI, cache: Cache, as_json: bool) -> None:
     assert done.returncode == 7  # of all faults the gravest
 
 
+@pytest.mark.parametrize("daemon", [False, True])
+def test_what_must_be_proved_is_said_on_the_command_line_as_for_a_fetch(cli: CLI, cache: Cache, daemon: bool) -> None:
+    key = SecretKey.generate("own-1")
+    cache.add("signed", keys=(key,))
+    stranger = cache.add("stranger")
+    process = cli.start("--json", "run", "--listen", "/ip4/127.0.0.1/tcp/0", "--no-mdns") if daemon else None
+    if process is not None and process.stdout is not None:
+        process.stdout.readline()
+    publish = ("--json", "cache", "publish", *(() if daemon else ("--no-serve",)), cache.directory)
+    try:
+        for options in (("--trusted-key", key.public_key()), ("--require-signatures", "always")):
+            done = cli(*publish, *options)
+            rows = [json.loads(line) for line in done.stdout.splitlines()]
+            failed = [row for row in rows if "error" in row]
+            assert done.returncode == 7 and len(rows) == 2
+            assert all(row["exit_code"] == 7 and row["path"] in row["message"] for row in failed)
+            (of_stranger,) = [row for row in failed if stranger.info.path.digest in row["path"]]
+            assert "lab-1" in of_stranger["message"]
+            assert len(failed) == (1 if "--trusted-key" in options else 2)
+        assert cli(*publish, "--trusted-key", key.public_key(), "--require-signatures", "off").returncode == 0
+    finally:
+        if process is not None:
+            process.terminate()
+            process.wait(20)
+
+
+def test_file_names_that_nobody_gave_in_good_faith(cli: CLI, cache: Cache) -> None:
+    cache.add("good")
+    for name in ("a\nfake: line\x1b[31m".ljust(32, "!"), "\udcff" * 32, "0" * 31 + "e"):
+        (cache.directory / f"{name}.narinfo").write_text("StorePath: \x1b[2J\n")
+    done = cli("cache", "publish", "--no-serve", cache.directory)
+    assert done.returncode == 4 and done.stdout.startswith("1 store path published")
+    lines = done.stderr.splitlines()
+    assert len(lines) == 3 and all(line.startswith("p2pnode: ") and line.isprintable() for line in lines), lines
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
