@@ -126,7 +126,7 @@ def _parse(text: str) -> NarInfo:
         path=StorePath.parse(fields["StorePath"]),
         nar_hash=parse_sha256(fields["NarHash"]),
         nar_size=nar_size,
-        references=tuple(sorted({StorePath.from_base_name(name) for name in fields.get("References", "").split()})),
+        references=tuple(sorted({StorePath.from_base_name(name) for name in _words(fields.get("References", ""))})),
         deriver=StorePath.from_base_name(deriver) if deriver not in ("", UNKNOWN_DERIVER) else None,
         ca=str(ContentAddress.parse(ca)) if ca else None,
     )
@@ -139,6 +139,11 @@ def _parse(text: str) -> NarInfo:
         file_size=_number(fields["FileSize"], "FileSize") if "FileSize" in fields else None,
         ipfs_cid=fields.get("IpfsCid") or None,
     )
+
+
+def _words(text: str) -> list[str]:
+    """What blanks separate. `str.split` would split at blanks beyond ASCII too, which Nix does not."""
+    return [word for word in text.split(" ") if word]
 
 
 def _fields(text: str) -> tuple[dict[str, str], list[str]]:

@@ -121,6 +121,14 @@ def test_two_lines_of_one_key(line):
         parse(text(vector("plain")) + line.encode() + b"\n")
 
 
+@pytest.mark.parametrize("blank", ["\u00a0", "\u2003", "\u0085", "\u2028"])
+def test_references_are_separated_by_blanks_of_ascii_alone(blank):
+    """As Nix reads them: else we would see two references where it sees a name that cannot be."""
+    plain = text(vector("plain")).decode()
+    with pytest.raises(NarInfoError, match="not a store path"):
+        parse(plain.replace("References: ", f"References: {'0' * 32}-x{blank}"))
+
+
 def test_bounds():
     plain = text(vector("plain"))
     with pytest.raises(NarInfoError, match="larger than"):
