@@ -259,8 +259,10 @@ class HttpCache(BinaryCache):
     """A server. Connections are kept and shared; redirects are followed."""
 
     def __init__(self, url: str) -> None:
-        super().__init__(url.rstrip("/"))
-        self._base = httpx.URL(self.url + "/")
+        # What follows a "?" are settings of Nix, such as ?priority=10.
+        base = httpx.URL(url.partition("?")[0].partition("#")[0].rstrip("/") + "/")
+        super().__init__(_shown(base).rstrip("/"))
+        self._base = base
         self._client = httpx.AsyncClient(
             # No compression of the transfer: a body of 1 KB could become a terabyte, and NARs are compressed already.
             headers={"User-Agent": "p2pnode", "Accept-Encoding": "identity"},
@@ -285,9 +287,9 @@ class HttpCache(BinaryCache):
                 async for data in response.aiter_raw():
                     body += data
                     if len(body) > limit:
-                        raise CacheError(f"{url} is larger than the {limit} bytes it can have")
+                        raise CacheError(f"{_shown(url)} is larger than the {limit} bytes it can have")
                 return bytes(body)
-        raise NetworkTimeout(f"{url} did not answer within {LOOKUP_TIMEOUT:g} s")
+        raise NetworkTimeout(f"{_shown(url)} did not answer within {LOOKUP_TIMEOUT:g} s")
 
     @asynccontextmanager
     async def _open(self, url: str) -> AsyncIterator[Receive]:
@@ -296,7 +298,7 @@ class HttpCache(BinaryCache):
             pieces = response.aiter_raw()
 
             async def receive() -> bytes:
-                with _named_errors(str(response.url)):
+                with _named_errors(_shown(response.url)):
                     return await anext(pieces, b"")
 
             yield receive
@@ -315,16 +317,18 @@ class HttpCache(BinaryCache):
 
     @asynccontextmanager
     async def _request(self, url: httpx.URL) -> AsyncIterator[httpx.Response]:
-        with _named_errors(str(url)):
+        with _named_errors(_shown(url)):
             async with self._client.stream("GET", url) as response:
                 yield response
 
     def _check(self, response: httpx.Response) -> None:
         if response.status_code != 200:
-            raise CacheError(f"{response.url} answers with status {response.status_code}")
+            raise CacheError(f"{_shown(response.url)} answers with status {response.status_code}")
         encoding = response.headers.get("Content-Encoding", "identity")
         if encoding != "identity":
-            raise CacheError(f"{response.url} answers in the encoding {encoding[:50]!r}, which was not asked for")
+            raise CacheError(
+                f"{_shown(response.url)} answers in the encoding {encoding[:50]!r}, which was not asked for"
+            )
 
 
 def open_cache(url: str) -> BinaryCache:
@@ -342,6 +346,11 @@ def open_cache(url: str) -> BinaryCache:
     raise UsageError(f"{url[:200]!r} is not the URL of a binary cache: file:///DIR, http:// or https:// is")
 
 
+def _shown(url: httpx.URL) -> str:
+    """A URL for messages and logs, which nobody may read a password in, and of bounded length."""
+    return str(url.copy_with(username="", password="") if url.userinfo else url)[:300]
+
+
 @contextmanager
 def _named_errors(url: str) -> Iterator[None]:
     try:
@@ -350,8 +359,8 @@ def _named_errors(url: str) -> Iterator[None]:
         raise NetworkTimeout(f"{url} did not answer in time") from None
     except httpx.TooManyRedirects:
         raise CacheError(f"{url} is redirected more than {MAX_REDIRECTS} times") from None
-    except (httpx.HTTPError, httpx.InvalidURL, httpx.StreamError) as error:
-        reason = str(error) or type(error).__name__
+    except (httpx.HTTPError, httpx.InvalidURL, httpx.StreamError, UnicodeError) as error:  # UnicodeError: of a host
+        reason = (str(error) or type(error).__name__)[:300]  # it may quote what the server sent
         raise CacheError(f"{url} cannot be fetched: {reason}") from error
 
 

@@ -185,6 +185,45 @@ async def test_nobody_listens():
             await cache.narinfo(PLAIN.info.path)
 
 
+async def test_what_nobody_listens_to_says_no_password():
+    """Caches with a password have it in their URL, and errors go to logs."""
+    async with open_cache("http://user:secret@127.0.0.1:1/sub") as cache:
+        assert cache.url == "http://127.0.0.1:1/sub"
+        for ask in (cache.info(), cache.narinfo(PLAIN.info.path), whole(cache, PLAIN)):
+            with pytest.raises(CacheError, match=r"127\.0\.0\.1:1/sub/") as caught:
+                await ask
+            assert "secret" not in str(caught.value)
+
+
+@pytest.mark.parametrize("settings", ["", "/", "?priority=10", "/?trusted=true&priority=10"])
+async def test_a_server_with_a_password_and_settings_of_nix(settings):
+    heads = []
+    async with (
+        serving(files(ROOT), heads) as url,
+        open_cache(url.replace("http://", "http://user:secret@") + "/nar" + settings) as cache,
+    ):
+        assert await whole(cache, dataclasses.replace(PLAIN, url=PLAIN.url.removeprefix("nar/"))) == PLAIN_NAR
+        with pytest.raises(CacheError, match="status 404") as caught:
+            await whole(cache, PLAIN)
+        assert "secret" not in str(caught.value)
+    assert heads[0].startswith(b"GET /nar/") and b"Authorization: Basic " in heads[0]
+
+
+@pytest.mark.parametrize(
+    "url",
+    ["http://" + "a" * 300 + "/", "http://a..b/", "http://\\/", "https://", "http:", "http://[::1", "http://a:99999/"],
+)
+async def test_a_host_that_cannot_be(url):
+    """In a narinfo, or where a server redirects to."""
+    redirect = response(b"", "302 Found", f"Location: {url}")
+    async with serving(always(redirect)) as server, open_cache(server) as cache:
+        with pytest.raises(CacheError) as caught:
+            await whole(cache, dataclasses.replace(PLAIN, url=url))
+        assert len(str(caught.value)) < 700
+        with pytest.raises(CacheError):
+            await cache.narinfo(PLAIN.info.path)
+
+
 async def test_redirects_are_followed(tmp_path):
     async def handler(target: str, stream: trio.SocketStream) -> None:
         if target.startswith("/moved/"):
