@@ -196,7 +196,11 @@ class Gateway:
             return NOT_FOUND
         narinfo = narinfo_of(signed, zstd=self._settings.zstd)
         if self._settings.ipfs_cid:
-            root = await self._nars.dag_root(signed.info.nar_hash)
+            try:
+                root = await self._nars.dag_root(signed.info.nar_hash)
+            except NodeError as error:  # a full disk must not take the path itself away
+                log.warning("gateway: no IpfsCid for %s: %s", signed.info.path, one_line(str(error), 500))
+                root = None
             narinfo = replace(narinfo, ipfs_cid=None if root is None else str(root))
         return Response(200, (NARINFO_TYPE,), narinfo.format().encode())
 

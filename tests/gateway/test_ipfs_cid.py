@@ -9,6 +9,7 @@ import httpx
 import pytest
 import trio
 
+from p2pnode.errors import DiskFull
 from p2pnode.nix.narinfo import parse
 from p2pnode.store import Store
 from p2pnode.swarm.exchange import manifest_id
@@ -132,3 +133,20 @@ async def test_a_nar_whose_chunks_are_lost_has_no_root(world: World, size: int) 
     for location in node.store.catalog.locations(digest):
         node.store.catalog.drop_chunk(digest, location.source.id)
     assert await ipfs_cid(client, lib) is None
+
+
+async def test_a_full_disk_takes_the_field_away_and_not_the_path(
+    world: World, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    node = await world.node("p")
+    (path,) = node.provide({"path": (content(FEW), ())})
+    client = await world.gateway(node, ipfs_cid=True)
+
+    def full(*arguments: object, **named: object) -> None:
+        raise DiskFull("there is no room")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(node.store, "put_blocks", full)
+        assert await ipfs_cid(client, path) is None
+    assert "there is no room" in caplog.text
+    assert await ipfs_cid(client, path) is not None
