@@ -96,12 +96,14 @@ class NodeAPI(Protocol):
         into_store: bool = False,
         add_root: str | None = None,
         to_cache: str | None = None,
+        sign_keys: Sequence[str] = (),
         require_signatures: str | None = None,
         trusted_keys: Sequence[str] = (),
     ) -> Result:
         """Get an image by link or id, asking `peers` (multiaddresses) too; give up after `timeout` s of no progress.
 
-        It goes to `out`, into the Nix store, kept by the link `add_root`, or to the binary cache `to_cache`.
+        It goes to `out`, into the Nix store, kept by the link `add_root`, or to the binary cache `to_cache`, which
+        the keys in the files `sign_keys` sign.
 
         {"image", "path", "bytes", "received_bytes", "duplicate_bytes", "from": {peer: bytes}, "banned": [peer],
         "relayed_bytes", "connections": {peer: {"path": "direct" or "relayed", "direct_after": seconds or None}},
@@ -481,6 +483,7 @@ _OPERATIONS: dict[str, _Operation] = {
             "into_store": _FLAG,
             "add_root": _PATH,
             "to_cache": _PATH,
+            "sign_keys": _KEY_FILES,
             "require_signatures": _POLICY,
             "trusted_keys": _TRUSTED_KEYS,
             "force": _FLAG,

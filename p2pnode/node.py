@@ -267,13 +267,15 @@ class Node:
         into_store: bool = False,
         add_root: str | None = None,
         to_cache: str | None = None,
+        sign_keys: Sequence[str] = (),
         require_signatures: str | None = None,
         trusted_keys: Sequence[str] = (),
     ) -> dict[str, Any]:
         """Fetch an image id or link. See DESIGN 6 for the result.
 
         It goes to `out`, into the Nix store (`add_root`: a link that keeps it there) or into the binary cache
-        `to_cache`; `require_signatures` and `trusted_keys` go before what is configured.
+        `to_cache`, which the keys in the files `sign_keys` sign beside those configured; `require_signatures` and
+        `trusted_keys` go before what is configured.
         """
         wanted = link.parse(spec)
         if (out is not None) + into_store + (to_cache is not None) > 1 or (add_root is not None and not into_store):
@@ -282,7 +284,7 @@ class Node:
         if into_store:
             to = IntoStore(self._config.nix_store, None if add_root is None else Path(add_root), keep_chunks)
         elif to_cache is not None:
-            keys = await trio.to_thread.run_sync(read_secret_keys, self._config.sign_keys)
+            keys = await trio.to_thread.run_sync(read_secret_keys, [*self._config.sign_keys, *sign_keys])
             to = ToCache(Path(to_cache), tuple(keys))
         policy = require_signatures or self._config.require_signatures
         ours = self._config.trusted_public_keys

@@ -71,6 +71,7 @@ class SmallNode:
         into_store: bool = False,
         add_root: str | None = None,
         to_cache: str | None = None,
+        sign_keys: Sequence[str] = (),
         require_signatures: str | None = None,
         trusted_keys: Sequence[str] = (),
     ) -> dict[str, Any]:

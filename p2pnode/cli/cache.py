@@ -53,12 +53,8 @@ def cache() -> None:
 )
 @click.option("--name", help="A name for the image of the one --path, by default the path's own.")
 @click.option("--no-serve", is_flag=True, help="Only take it into the catalog; do not serve it now.")
-@click.option(
-    "--sign-key",
-    "sign_keys",
-    metavar="FILE",
-    multiple=True,
-    help="Sign every store path with this secret key too, as nix-store --generate-binary-cache-key makes them.",
+@options.sign_keys(
+    "Sign every store path with this secret key too, as nix-store --generate-binary-cache-key makes them."
 )
 @options.require_signatures(
     "By default if p2pnode has a key of its own (trusted_public_keys, --trusted-key); never in a directory that "

@@ -19,6 +19,7 @@ from p2pnode.net import addresses
 @click.option("--into-store", is_flag=True, help="Put the store paths into the Nix store; those valid there are kept.")
 @click.option("--add-root", metavar="LINK", help="With --into-store: make LINK a root for the garbage collector.")
 @click.option("--to-cache", metavar="DIR", help="Put the store paths into a binary cache that any Nix can read.")
+@options.sign_keys("With --to-cache: sign every store path there with this secret key.")
 @options.require_signatures(
     "By default into the Nix store if Nix requires it, elsewhere if p2pnode has a key of its own (trusted_public_keys, "
     "--trusted-key)."
@@ -46,6 +47,7 @@ def fetch(
     into_store: bool,
     add_root: str | None,
     to_cache: str | None,
+    sign_keys: tuple[str, ...],
     require_signatures: str | None,
     trusted_keys: tuple[str, ...],
     force: bool,
@@ -79,6 +81,8 @@ def fetch(
         raise UsageError("give one of -o, --into-store and --to-cache")
     if add_root is not None and not into_store:
         raise UsageError("--add-root keeps what --into-store puts there; give that too")
+    if sign_keys and to_cache is None:
+        raise UsageError("--sign-key signs what --to-cache writes; give that too")
     target = None if out is None else absolute(out)
     if target is not None and not force:
         check_absent(target)
@@ -91,6 +95,7 @@ def fetch(
         "into_store": into_store,
         "add_root": None if add_root is None else absolute(add_root),
         "to_cache": None if to_cache is None else absolute(to_cache),
+        "sign_keys": [absolute(path) for path in sign_keys],
         "require_signatures": require_signatures,
         "trusted_keys": list(trusted_keys),
     }

@@ -29,6 +29,11 @@ trusted_keys = click.option(
 )
 
 
+def sign_keys(help: str) -> Callable[[F], F]:
+    """--sign-key, any number of them."""
+    return click.option("--sign-key", "sign_keys", metavar="FILE", multiple=True, help=help)
+
+
 def require_signatures(default: str) -> Callable[[F], F]:
     """--require-signatures; `default` is a sentence on what holds without it."""
     return click.option(

@@ -25,13 +25,7 @@ KINDS = ("file", "directory", "store-path", "closure")
 @click.option("--name", help="A name for the image, by default the path's last part. For one PATH only.")
 @click.option("--no-serve", is_flag=True, help="Only take it into the catalog; do not serve it now.")
 @click.option("--nix-store", metavar="DIR", help="Root of a chroot store: the paths lie in DIR/nix/store.")
-@click.option(
-    "--sign-key",
-    "sign_keys",
-    metavar="FILE",
-    multiple=True,
-    help="Sign every store path with this secret key, as nix-store --generate-binary-cache-key makes them.",
-)
+@options.sign_keys("Sign every store path with this secret key, as nix-store --generate-binary-cache-key makes them.")
 @options.network
 @pass_app
 def provide(

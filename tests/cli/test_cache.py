@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from p2pnode.nix.narinfo import parse
 from p2pnode.nix.signatures import SecretKey
 from tests.cli.conftest import CLI
 from tests.images.test_publish import Cache
@@ -110,6 +111,19 @@ def test_what_must_be_proved_is_said_on_the_command_line_as_for_a_fetch(cli: CLI
         if process is not None:
             process.terminate()
             process.wait(20)
+
+
+def test_back_into_a_cache_that_is_signed(cli: CLI, cache: Cache, tmp_path: Path) -> None:
+    key = SecretKey.generate("mine-1")
+    (tmp_path / "key").write_text(str(key))
+    lib = cache.add("lib", 300_000)
+    image = cli.json("cache", "publish", "--no-serve", cache.directory)["image"]
+    signing = ("--no-mdns", "--sign-key", tmp_path / "key")
+    done = cli("--json", "fetch", image, *signing)
+    assert done.returncode == 2 and "--to-cache" in json.loads(done.stdout)["message"]
+    assert cli.json("fetch", image, *signing, "--to-cache", tmp_path / "out")["cache"]["added"] == 1
+    narinfo = parse((tmp_path / "out" / f"{lib.info.path.digest}.narinfo").read_bytes(), expect=lib.info.path)
+    assert set(narinfo.signatures) == {*lib.signatures, key.sign(lib.info)}
 
 
 def test_file_names_that_nobody_gave_in_good_faith(cli: CLI, cache: Cache) -> None:
