@@ -172,12 +172,27 @@ class Landing:
                 return True
             raise
 
+    def offset(self, digest: bytes) -> int:
+        """Where in the file a chunk of the image has its first place."""
+        return self._places[digest][0]
+
     def place(self, digest: bytes) -> FileRange | None:
         """Where a chunk was written; None if that was not here. Good until `close`, and for those only who check what
         they read: nobody has looked at the bytes since."""
         if digest not in self._written:
             return None
         return FileRange(self._fd, self._places[digest][0], self._sizes[digest])
+
+    def read(self, digest: bytes) -> bytes | None:
+        """A chunk that was written here, checked, without a look at the catalog; None if only the store can tell."""
+        place = self.place(digest)
+        if place is None:
+            return None
+        try:
+            data = place.read()
+        except (OSError, StoreError):
+            return None
+        return data if blake3(data).digest() == digest else None
 
     def copy_local(self, digests: Iterable[bytes], cancelled: Callable[[], bool] = lambda: False) -> int:
         """Copy those chunks that other sources hold into the partial; bytes copied.

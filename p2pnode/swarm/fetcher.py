@@ -8,6 +8,7 @@ Whatever stops it, the chunks that arrived stay in the store and the next fetch 
 
 from __future__ import annotations
 
+import heapq
 import logging
 import threading
 import time
@@ -146,13 +147,18 @@ class _ManifestSink:
 
 class _Recent:
     """Chunks that were checked and written a moment ago, for the verifier: it follows the downloads closely, and need
-    neither read nor check them again. Thread-safe; bounded, the oldest go first.
+    neither read nor check them again. Thread-safe.
+
+    Bounded: those go first that the verifier comes to last, by their `offset` in the image. (If the oldest went, a
+    verifier that has fallen behind once would find none again.)
 
     They are slices of what a connection decrypted in one piece, which may be a hundred times as long: a peer could send
     one small chunk in each, and have us keep all the rest of them too. Such are copied."""
 
-    def __init__(self) -> None:
+    def __init__(self, offset: Callable[[bytes], int]) -> None:
+        self._offset = offset
         self._chunks: dict[bytes, Payload] = {}
+        self._last: list[tuple[int, bytes]] = []  # heap of minus offset, digest; also of some that are gone
         self._size = 0
         self._lock = threading.Lock()
 
@@ -162,8 +168,12 @@ class _Recent:
             self._drop(digest)
             self._chunks[digest] = kept
             self._size += _cost(kept)
+            heapq.heappush(self._last, (-self._offset(digest), digest))
             while self._size > RECENT_BYTES:
-                self._drop(next(iter(self._chunks)))
+                self._drop(heapq.heappop(self._last)[1])
+            if len(self._last) > 2 * len(self._chunks) + 16:
+                self._last = [entry for entry in set(self._last) if entry[1] in self._chunks]
+                heapq.heapify(self._last)
 
     def take(self, digests: Sequence[bytes]) -> list[Payload]:
         """As many of the first `digests` as are there."""
@@ -489,7 +499,7 @@ class Fetcher:
             self._provide(image)
             await self._exchange.tell(image.id)
             arrivals = _Arrivals(image, here)
-            recent = _Recent()
+            recent = _Recent(landing.offset)
             id = image.id.to_bytes()
             async with (
                 self._exchange.download(
@@ -508,7 +518,9 @@ class Fetcher:
                     nursery.start_soon(self._search, image.id, searched)
                 nursery.start_soon(download.fails)
                 delivered = trio.Event()
-                supply = Supply(partial(self._take, arrivals, recent), partial(self._find, arrivals, recent, landing))
+                supply = Supply(
+                    partial(self._take, arrivals, recent, landing), partial(self._find, arrivals, recent, landing)
+                )
                 if delivery is not None:
                     nursery.start_soon(self._deliver, delivery, gate, supply, delivered)
                 await self._verify(image, gate, delivery, arrivals, supply.take)
@@ -569,7 +581,9 @@ class Fetcher:
             await trio.to_thread.run_sync(_feed_all, export, await take(digests[at:end]))
             at = end
 
-    async def _take(self, arrivals: _Arrivals, recent: _Recent, digests: Sequence[bytes]) -> list[Buffer]:
+    async def _take(
+        self, arrivals: _Arrivals, recent: _Recent, landing: Landing, digests: Sequence[bytes]
+    ) -> list[Buffer]:
         """Chunks, when all of them are here. What turns out to be damaged on disk is fetched again."""
         taken: list[Payload] = []
         reloads: dict[bytes, int] = {}
@@ -578,7 +592,7 @@ class Fetcher:
             taken += recent.take(digests[len(taken) :])
             if len(taken) == len(digests):
                 break
-            read, lost = await trio.to_thread.run_sync(self._read, digests[len(taken) :], recent)
+            read, lost = await trio.to_thread.run_sync(self._read, digests[len(taken) :], recent, landing)
             taken += read
             if lost is None:
                 continue
@@ -601,19 +615,22 @@ class Fetcher:
         for digest in digests:
             place, last = landing.place(digest), found[-1] if found else None
             if place is None:
-                found += await self._take(arrivals, recent, [digest])
-            elif isinstance(last, FileRange) and last.offset + last.length == place.offset:
+                found += await self._take(arrivals, recent, landing, [digest])
+                continue
+            recent.take([digest])  # makes room
+            if isinstance(last, FileRange) and last.offset + last.length == place.offset:
                 found[-1] = FileRange(place.fd, last.offset, last.length + place.length)
             else:
                 found.append(place)
         return found
 
-    def _read(self, digests: Sequence[bytes], recent: _Recent) -> tuple[list[Payload], bytes | None]:
+    def _read(self, digests: Sequence[bytes], recent: _Recent, landing: Landing) -> tuple[list[Payload], bytes | None]:
         """As many of the first `digests` as can be read, and the one that cannot."""
         found: list[Payload] = []
         for digest in digests:
             try:
-                found += recent.take([digest]) or [(self._store.read(digest),)]
+                taken = recent.take([digest])
+                found += taken or [(landing.read(digest) or self._store.read(digest),)]
             except ChunkUnavailable as exc:
                 log.warning("fetching again: %s", exc)
                 return found, digest

@@ -43,6 +43,22 @@ def test_landing_refuses_lies_and_serves_the_rest_at_once(store: Store) -> None:
     landing.close()
 
 
+def test_a_landing_gives_back_what_was_written_to_it_as_long_as_it_is_good(store: Store) -> None:
+    image, blocks, chunks, _ = sample_file(1, 4)
+    add(store, image, blocks)
+    first, second, *_ = chunks
+    landing = store.landing(image)
+    landing.accept(first, chunks[first])
+    assert landing.read(first) == chunks[first] and landing.read(second) is None
+    with landing.path.open("r+b") as file:
+        file.seek(landing.offset(first))
+        file.write(b"!")
+    assert landing.read(first) is None
+    os.truncate(landing.path, 1)
+    assert landing.read(first) is None
+    landing.close()
+
+
 def test_file_lands_beside_its_output_and_becomes_it(store: Store, tmp_path: Path) -> None:
     out = tmp_path / "disk.img"
     image, _, data = fetched(store, chunks=40, out=out, zeros=range(10, 30))

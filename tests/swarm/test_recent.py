@@ -13,6 +13,10 @@ from protocols.exchange import messages as m
 READ = 1 << 20  # what a connection decrypts in one piece
 
 
+def in_order(digest: bytes) -> int:
+    return int.from_bytes(digest, "big")
+
+
 def arrive(reader: m.FrameReader, payload: bytes) -> m.Block:
     """One block out of a read that is full of other things."""
     block = m.Block(CID.of(Codec.RAW, payload).to_bytes(), m.Encoding.RAW, len(payload), (payload,))
@@ -28,7 +32,7 @@ def arrive(reader: m.FrameReader, payload: bytes) -> m.Block:
 def test_a_chunk_keeps_little_more_alive_than_itself(size: int, monkeypatch: pytest.MonkeyPatch) -> None:
     bound = 4 << 20
     monkeypatch.setattr(fetcher, "RECENT_BYTES", bound)
-    recent, reader = fetcher._Recent(), m.FrameReader()
+    recent, reader = fetcher._Recent(in_order), m.FrameReader()
     tracemalloc.start()
     try:
         for number in range(64):
@@ -44,7 +48,7 @@ def test_a_chunk_keeps_little_more_alive_than_itself(size: int, monkeypatch: pyt
 
 def test_many_tiny_chunks_are_not_free(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fetcher, "RECENT_BYTES", 1 << 20)
-    recent = fetcher._Recent()
+    recent = fetcher._Recent(in_order)
     digests = [number.to_bytes(32, "big") for number in range(20_000)]
     for digest in digests:
         recent.put(digest, [b"x"])
@@ -53,10 +57,23 @@ def test_many_tiny_chunks_are_not_free(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_what_is_taken_is_what_was_put() -> None:
-    recent, reader = fetcher._Recent(), m.FrameReader()
+    recent, reader = fetcher._Recent(in_order), m.FrameReader()
     data = {bytes([size % 251]) * 32: bytes(range(256)) * size for size in (1, 17, 1200)}
     for digest, payload in data.items():
         recent.put(digest, arrive(reader, payload).payload)
     taken = recent.take(list(data))
     assert [b"".join(pieces) for pieces in taken] == list(data.values())
     assert recent.take(list(data)) == [] and recent._size == 0
+
+
+def test_those_go_first_that_the_verifier_comes_to_last(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fetcher, "RECENT_BYTES", 8 * (1000 + fetcher.RECENT_COST))
+    recent = fetcher._Recent(in_order)
+    digests = [number.to_bytes(32, "big") for number in range(100)]
+    for digest in (*digests[50:], *digests[:50]):
+        recent.put(digest, [bytes(1000)])
+    assert len(recent.take(digests)) == 8, "the first eight, though the last to come"
+    for turn in range(1000):  # those that were taken are not remembered for ever
+        recent.put(digests[turn % 8], [bytes(1000)])
+        assert len(recent.take([digests[turn % 8]])) == 1
+    assert len(recent._last) < 100 and recent._size == 0
