@@ -7,8 +7,8 @@
     scripts/bench/into_store.py --profile                   where the time goes (py-spy)
 
 Both go through a nix-daemon of their own into an empty chroot store each, and both check signatures. Nix reads the
-closure from a binary cache on the same disk, not compressed; p2pnode from a node that provides it out of another chroot
-store, over loopback. In each round they run in turn, with fresh processes and stores.
+closure from a binary cache on the same disk, not compressed unless --compression says so; p2pnode from a node that
+provides it out of another chroot store, over loopback. In each round they run in turn, with fresh processes and stores.
 
 figures, medians over the rounds
   wall s      of the whole command; the nodes and daemons are up before
@@ -101,7 +101,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         with ExitStack() as stack:
             directory = Path(tempfile.mkdtemp(prefix="p2pnode-bench-", dir=options.tmp))
             stack.callback(remove, directory)
-            closure = made(directory, options.size, options.files, options.paths)
+            closure = made(directory, options.size, options.files, options.paths, options.compression)
             if options.profile:
                 profiled(directory, closure)
                 return 0
@@ -123,7 +123,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     print(text(figures))
     if options.json is not None:
         machine = {"cpus": os.cpu_count(), "system": platform.platform(), "python": platform.python_version()}
-        settings = {name: getattr(options, name) for name in ("size", "files", "paths", "runs")}
+        settings = {name: getattr(options, name) for name in ("size", "files", "paths", "compression", "runs")}
         everything = {"machine": machine, "settings": settings, **figures, "rounds": [asdict(each) for each in rounds]}
         options.json.write_text(json.dumps(everything, indent=1) + "\n")
     return 0 if figures["ok"] else 1
@@ -135,6 +135,8 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--size", type=parse_size, default=300 * MB, help="of all files (default 300 MB)")
     add("--files", type=int, default=10_000, help="default 10000")
     add("--paths", type=int, default=4, help="store paths that the files are in, beside a small one (default 4)")
+    kinds = ("none", "xz", "zstd")
+    add("--compression", choices=kinds, default="none", help="of Nix's cache; nix copy --to makes xz (default none)")
     add("--runs", type=int, default=1, metavar="N", help="rounds (default 1)")
     add("--split", action="store_true", help="measure fetch and import one after the other too")
     add("--profile", action="store_true", help="profile the nodes and the daemon instead")
@@ -156,7 +158,7 @@ def remove(directory: Path) -> None:
     shutil.rmtree(directory, ignore_errors=True)
 
 
-def made(directory: Path, size: int, files: int, paths: int) -> Closure:
+def made(directory: Path, size: int, files: int, paths: int, compression: str) -> Closure:
     """A closure of `paths` trees of random files, with a small path above that refers to all of them."""
     key = SecretKey.generate("bench-1")
     (directory / "key").write_text(str(key))
@@ -175,7 +177,7 @@ def made(directory: Path, size: int, files: int, paths: int) -> Closure:
     store.register([(TOP, b"top", added)])
     store.nix("store", "sign", "-k", str(directory / "key"), "-r", str(TOP))
     cache = directory / "cache"
-    store.copy_to(f"file://{cache}?compression=none", TOP)
+    store.copy_to(f"file://{cache}?compression={compression}", TOP)
     return Closure(store, cache, key, (*added, TOP), written)
 
 
