@@ -12,11 +12,11 @@ from p2pnode.nix.binary_cache import open_cache
 from p2pnode.nix.cache_dir import CacheDir, to_cache
 from p2pnode.nix.content_address import ContentCheck
 from p2pnode.nix.hashes import NIX32_ALPHABET
-from p2pnode.nix.into_store import into_store
 from p2pnode.nix.narmap import dump
 from p2pnode.nix.signatures import SecretKey
 from p2pnode.nix.storepath import StorePath
 from p2pnode.nix.trust import Policy, Proof, TrustedKeys, judge, require
+from tests.nix.imports import into_store
 from tests.nix.stores import ChrootStore, NixDaemon
 
 pytestmark = pytest.mark.nix
@@ -64,14 +64,14 @@ async def test_a_signed_closure_over_a_cache_into_a_daemon(source, tmp_path):
         async with open_cache(f"file://{tmp_path}/cache") as cache:
             found = {path: await cache.narinfo(path) for path in paths}
             assert [narinfo.signed for narinfo in found.values() if narinfo is not None] == signed
-            report = await into_store(
+            added = await into_store(
                 [narinfo.signed for narinfo in found.values() if narinfo is not None],
                 lambda info: cache.nar(found[info.path]),
                 top=paths[-1],
                 add_root=link,
                 socket=daemon.socket,
             )
-    assert set(report.added) == set(paths)
+    assert set(added) == set(paths)
     target.nix("store", "verify", "--all", "--sigs-needed", "1")
     assert target.info(*paths) == signed
     target.nix_store("--gc")
@@ -100,6 +100,6 @@ async def test_a_closure_made_content_addressed_by_nix_proves_itself(source, tmp
         check.finish()
     target = ChrootStore(tmp_path / "target", "trusted-public-keys =")
     monkeypatch.setenv("NIX_CONF_DIR", str(target.base))
-    report = await into_store(infos, source.open_nar, store_root=target.root)
-    assert set(report.added) == set(rewritten)
+    added = await into_store(infos, source.open_nar, store_root=target.root)
+    assert set(added) == set(rewritten)
     target.nix("store", "verify", "--all")

@@ -7,19 +7,17 @@ import os
 import random
 import subprocess
 import sys
-from collections.abc import AsyncGenerator, Iterable, Iterator
-from contextlib import AsyncExitStack
+from collections.abc import AsyncGenerator, Iterator
 from pathlib import Path
 
 import pytest
 
 from p2pnode.errors import DaemonUnavailable, NixError, OutputExists, OutputUnwritable, Untrusted
-from p2pnode.nix.cli import PathInfo, topological_order
-from p2pnode.nix.daemon import OpenNar
-from p2pnode.nix.into_store import StoreSession, may_write, open_session
-from p2pnode.nix.signatures import SignedInfo
+from p2pnode.nix.cli import PathInfo
+from p2pnode.nix.into_store import may_write, open_session
 from p2pnode.nix.storepath import StorePath
 from tests.nix.caches import TRUSTED, closure
+from tests.nix.imports import add, into_store
 from tests.nix.stores import ChrootStore, NixDaemon
 
 CLOSURE = closure()
@@ -39,31 +37,6 @@ class Source:
     async def __call__(self, info: PathInfo) -> AsyncGenerator[bytes, None]:
         self.opened.append(info.path)
         yield NARS[info.path]
-
-
-async def add(session: StoreSession, paths: Iterable[SignedInfo], open_nar: OpenNar) -> list[StorePath]:
-    """What a delivery does, path by path: references first, what is there is left alone. The paths that were not."""
-    signed = {each.info.path: each for each in paths}
-    missing = await session.missing(info.path for info in topological_order(each.info for each in signed.values()))
-    for path in missing:
-        await session.connection.add_path(signed[path], open_nar)
-    return missing
-
-
-async def into_store(
-    paths: Iterable[SignedInfo],
-    open_nar: OpenNar,
-    *,
-    top: StorePath | None = None,
-    add_root: Path | None = None,
-    socket: Path | None = None,
-    store_root: Path | None = None,
-) -> list[StorePath]:
-    async with AsyncExitStack() as stack:
-        session = await stack.enter_async_context(open_session(socket=socket, store_root=store_root))
-        if add_root is not None and top is not None:
-            assert await stack.enter_async_context(session.root(add_root, top)) == add_root
-        return await add(session, paths, open_nar)
 
 
 @pytest.fixture
