@@ -200,6 +200,7 @@ def test_corrupt_chunks_are_neither_served_nor_believed(nodes: Nodes, tmp_path: 
     assert_refused(middle.run("verify", said["image"]), 4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fault", ["--lie", "--lie-manifest"])
 def test_a_sole_peer_that_lies(nodes: Nodes, tmp_path: Path, out: Path, fault: str) -> None:
     original = tmp_path / "image"

@@ -77,6 +77,7 @@ def disk_use(path: Path) -> int:
     return sum(each.lstat().st_blocks * 512 for each in path.rglob("*") if not each.is_symlink() and each.is_file())
 
 
+@pytest.mark.slow
 def test_a_signed_closure_is_installed_and_served_from_the_store(
     nodes: Nodes, source: Daemon, source_store: ChrootStore, consumer: Consumer, tmp_path: Path
 ) -> None:
@@ -131,6 +132,7 @@ def test_what_is_valid_is_not_fetched(source: Daemon, consumer: Consumer, tmp_pa
     assert again["received_bytes"] == 0
 
 
+@pytest.mark.slow
 def test_what_was_there_is_read_later_and_the_image_complete(
     nodes: Nodes, source: Daemon, consumer: Consumer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -150,6 +152,7 @@ def test_what_was_there_is_read_later_and_the_image_complete(
     assert daemon.run("images").check().json["complete"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("key", [None, OTHER])
 def test_an_untrusted_closure_is_refused(
     key: SecretKey | None, source: Daemon, consumer: Consumer, tmp_path: Path
@@ -167,6 +170,7 @@ def test_an_untrusted_closure_is_refused(
     assert consumer.store.valid() == PATHS
 
 
+@pytest.mark.slow
 def test_a_late_signature_from_another_peer_counts(
     nodes: Nodes, source: Daemon, source_store: ChrootStore, consumer: Consumer, tmp_path: Path
 ) -> None:
@@ -177,6 +181,7 @@ def test_a_late_signature_from_another_peer_counts(
     assert consumer.store.valid() == PATHS
 
 
+@pytest.mark.slow
 def test_a_directory_is_judged_only_by_keys_that_were_meant(
     nodes: Nodes, source: Daemon, tmp_path: Path, source_store: ChrootStore
 ) -> None:

@@ -202,6 +202,7 @@ def test_a_file_that_vanished_on_the_mirror_is_mended(nodes: Nodes, tmp_path: Pa
     assert not taken.exists()
 
 
+@pytest.mark.slow
 @pytest.mark.nix
 def test_a_store_path_that_was_collected_on_the_mirror_is_mended(
     nodes: Nodes, tmp_path: Path, nix_store_command: str
@@ -224,6 +225,7 @@ def test_a_store_path_that_was_collected_on_the_mirror_is_mended(
     assert mirror.run("verify", said["image"]).check().json["ok"]
 
 
+@pytest.mark.slow
 def test_what_cannot_be_mirrored_is_told(nodes: Nodes, tmp_path: Path) -> None:
     silent = nodes.daemon("a")  # publishes nothing
     said = provide(silent, tmp_path / "one", MIB)
@@ -256,6 +258,7 @@ def test_what_cannot_be_mirrored_is_told(nodes: Nodes, tmp_path: Path) -> None:
     assert listed[said["image"]]["complete"] and listed[said["image"]]["problem"] is None
 
 
+@pytest.mark.slow
 def test_a_publisher_is_found_by_its_id(nodes: Nodes, tmp_path: Path) -> None:
     meeting_point = nodes.daemon("m")
     publisher = nodes.daemon("a", via=meeting_point, extra={"publish": True})

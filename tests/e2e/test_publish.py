@@ -47,7 +47,9 @@ def installs(consumer: Consumer, written: Written) -> None:
         assert consumer.store.real(path).read_bytes() == data
 
 
-@pytest.mark.parametrize("compression", ["none", "xz", "zstd"])
+@pytest.mark.parametrize(
+    "compression", ["none", pytest.param("xz", marks=pytest.mark.slow), pytest.param("zstd", marks=pytest.mark.slow)]
+)
 def test_a_directory(nodes: Nodes, meeting_point: Daemon, tmp_path: Path, compression: str) -> None:
     written = Written(tmp_path, compression)
     publisher = nodes.daemon("p", via=meeting_point)
@@ -67,6 +69,7 @@ def test_a_directory(nodes: Nodes, meeting_point: Daemon, tmp_path: Path, compre
     assert not any(json.loads(line)["new_bytes"] for line in again.stdout.splitlines())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("compression", ["none", "xz"])
 def test_a_closure_of_a_server(nodes: Nodes, meeting_point: Daemon, tmp_path: Path, compression: str) -> None:
     written = Written(tmp_path, compression)

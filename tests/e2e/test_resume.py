@@ -54,6 +54,7 @@ def test_kill_9_of_the_fetcher_at_half(nodes: Nodes, tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
 
 
+@pytest.mark.slow
 def test_kill_9_of_the_daemon_at_half(nodes: Nodes, tmp_path: Path) -> None:
     source, original, link = slow_source(nodes, SIZE)
     reader = nodes.daemon("b")
@@ -94,6 +95,7 @@ def test_too_small_a_disk_is_noticed_before_anything_is_fetched(
     assert list(disk.iterdir()) == []
 
 
+@pytest.mark.slow
 @pytest.mark.root
 def test_a_disk_that_fills_up_on_the_way(nodes: Nodes, tmp_path: Path, tmpfs: Callable[[str], Path]) -> None:
     disk = tmpfs("160M")

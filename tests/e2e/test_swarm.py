@@ -32,6 +32,7 @@ def leechers(report: dict[str, Any]) -> list[dict[str, Any]]:
     return [node for node in report["nodes"] if node["role"] == "leecher"]
 
 
+@pytest.mark.slow
 def test_one_provider_and_three_that_start_together(tmp_path: Path) -> None:
     report = swarm(tmp_path, "--nodes", "4", "--size", "24M")
     for node in leechers(report):
@@ -44,6 +45,7 @@ def test_one_provider_and_three_that_start_together(tmp_path: Path) -> None:
     assert sent <= 3 * 25 * MIB
 
 
+@pytest.mark.slow
 def test_four_providers_with_a_different_quarter_each(tmp_path: Path) -> None:
     report = swarm(tmp_path, "--nodes", "6", "--seeds", "4", "--split", "--size", "24M")
     used = {number for node in leechers(report) for number in node["sources"]}
@@ -52,6 +54,7 @@ def test_four_providers_with_a_different_quarter_each(tmp_path: Path) -> None:
         assert node["received_bytes"] < 26 * MIB
 
 
+@pytest.mark.slow
 def test_two_providers_die_one_stalls_and_one_lies(tmp_path: Path) -> None:
     args = ["--nodes", "8", "--seeds", "6", "--split", "--copies", "5", "--size", "48M", "--seed-rate", "4M"]
     report = swarm(tmp_path, *args, "--kill", "2", "--stall", "1", "--liar", "1", "--fetch-timeout", "150")

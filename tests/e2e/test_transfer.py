@@ -74,6 +74,7 @@ def test_a_file_by_link(nodes: Nodes, tmp_path: Path) -> None:
     assert sorted(path.name for path in tmp_path.iterdir() if path.name.startswith(".")) == []
 
 
+@pytest.mark.slow
 def test_a_directory_by_id_with_only_a_bootstrap_address(nodes: Nodes, tmp_path: Path) -> None:
     original = make_tree(tmp_path / "tree")
     meeting_point = nodes.daemon("m")
@@ -113,6 +114,7 @@ def test_without_any_daemon(nodes: Nodes, tmp_path: Path) -> None:
     assert provide.wait(5).code == 130
 
 
+@pytest.mark.slow
 def test_only_importing_needs_no_network_and_the_image_is_there_later(nodes: Nodes, tmp_path: Path) -> None:
     original = make_tree(tmp_path / "tree")
     home = nodes.home("a")
@@ -129,6 +131,7 @@ def test_only_importing_needs_no_network_and_the_image_is_there_later(nodes: Nod
     assert difference(original, tmp_path / "out") is None
 
 
+@pytest.mark.slow
 def test_without_output_it_stays_in_the_store_and_is_served_from_there(nodes: Nodes, tmp_path: Path) -> None:
     original = tmp_path / "image"
     write_random(original, 6 * MIB)
@@ -164,6 +167,7 @@ def test_a_new_version_transfers_only_what_is_new(nodes: Nodes, tmp_path: Path) 
     assert difference(old, tmp_path / "copy1") is None
 
 
+@pytest.mark.slow
 def test_a_changed_original_is_not_served_but_reported(nodes: Nodes, tmp_path: Path) -> None:
     original = tmp_path / "image"
     write_random(original, 4 * MIB)

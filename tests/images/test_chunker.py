@@ -35,7 +35,7 @@ class Ragged:
 
 @given(
     seed=st.integers(0, 2**32),
-    size=st.integers(0, 20_000),
+    size=st.integers(0, 7_000),  # a window of one byte makes as many jobs
     window=st.integers(1, 5000),
     chunking=st.sampled_from([SMALL, Chunking.fixed(4096)]),
     repeat=st.integers(1, 3),

@@ -169,6 +169,7 @@ async def test_a_clean_exit_leaves_no_records_and_is_quick(autojump_clock: MockC
         assert net.nodes[3].stats().announced == 0
 
 
+@pytest.mark.slow
 async def test_records_of_the_dead_expire_and_those_of_the_living_are_renewed(autojump_clock: MockClock) -> None:
     async with swarm(20) as net:
         net.nodes[3].provide([key(1)])
