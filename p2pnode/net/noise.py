@@ -224,23 +224,27 @@ class NoiseConnection(BaseSession):  # type: ignore[misc]
         every layer above.)
         """
         whole = []
-        pos, end, room = 0, len(view), 0
-        while end - pos >= 2 and end - pos - 2 >= (size := view[pos] << 8 | view[pos + 1]):
+        pos, end, room, short = 0, len(view), 0, False
+        while end - pos >= 2:
+            size = view[pos] << 8 | view[pos + 1]
+            short = size < TAG
+            if short or end - pos - 2 < size:
+                break
             whole.append(view[pos + 2 : pos + 2 + size])
             pos += 2 + size
-            room += max(size - TAG, 0)
+            room += size - TAG
         plaintext = memoryview(bytearray(room))
         filled = 0
         try:
             for record in whole:
                 size = len(record) - TAG
-                if size < 0:
-                    raise DecryptionFailedException("a record is shorter than its tag")
                 self._open.open(record, plaintext[filled : filled + size])
                 filled += size
                 self._empty = 0 if size else self._empty + 1
                 if self._empty > MAX_EMPTY_RECORDS:
                     raise DecryptionFailedException("the peer floods us with empty records")
+            if short:  # its length says so: the rest need not come
+                raise DecryptionFailedException("a record is shorter than its tag")
         except DecryptionFailedException as exc:
             self._broken = str(exc)
             if not filled:
