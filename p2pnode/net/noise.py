@@ -34,6 +34,8 @@ from noise.exceptions import (
     NoiseValueError,
 )
 
+from p2pnode import slabs
+
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
@@ -233,7 +235,7 @@ class NoiseConnection(BaseSession):  # type: ignore[misc]
             whole.append(view[pos + 2 : pos + 2 + size])
             pos += 2 + size
             room += size - TAG
-        plaintext = memoryview(bytearray(room))
+        plaintext = slabs.take(room)
         filled = 0
         try:
             for record in whole:
