@@ -14,7 +14,7 @@ import os
 import sqlite3
 import threading
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -286,6 +286,21 @@ class Catalog:
             digest,
         )
         return [Location(_source(row[:-2]), *row[-2:]) for row in rows]
+
+    def locations_at_hand(self, digests: Sequence[bytes]) -> dict[bytes, Location]:
+        """For each of `digests`, the first of its `locations`, if it has one; none if the catalog is busy."""
+        marks = ",".join("?" * len(digests))
+        if not self._lock.acquire(blocking=False):
+            return {}
+        try:
+            rows = self.query(
+                f"SELECT {_SOURCE_COLUMNS}, c.offset, c.length, c.digest FROM chunks c"
+                f" JOIN sources s ON s.id = c.source WHERE c.digest IN ({marks}) ORDER BY s.owned, s.id",
+                *digests,
+            )
+        finally:
+            self._lock.release()
+        return {row[-1]: Location(_source(row[:-3]), *row[-3:-1]) for row in rows}
 
     def add_chunks(self, source: int, chunks: Iterable[tuple[bytes, int, int]]) -> None:
         """Rows (digest, offset, length) of a source; a digest it has already stays where it is."""

@@ -10,6 +10,7 @@ import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 
+from p2pnode import slabs
 from p2pnode.errors import ChunkUnavailable, NarError, PathError, StoreError
 from p2pnode.nix.nar_walk import tree_fingerprint
 from p2pnode.nix.narmap import NarMap, NarTree
@@ -17,6 +18,11 @@ from p2pnode.store.records import FileStamp, Source, SourceKind
 
 MAX_OPEN = 64
 _FLAGS = os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY  # NONBLOCK: a fifo in the file's place must not wait
+
+
+_NOWAIT: int | None = getattr(os, "RWF_NOWAIT", None)  # Linux only
+
+Buffer = bytes | memoryview
 
 
 class _OpenFile:
@@ -44,6 +50,18 @@ class _OpenFile:
             raise ChunkUnavailable(f"{self._path} was replaced by another file")
         return data, self._stamp is not None and self._stamp.unwritten(status)
 
+    def read_at_hand(self, offset: int, length: int) -> tuple[Buffer, bool] | None:
+        data = slabs.take(length)
+        try:
+            if _NOWAIT is None or os.preadv(self._fd, [data], offset, _NOWAIT) < length:
+                return None
+            status = os.stat(self._path)
+        except OSError:  # EAGAIN, EOPNOTSUPP; and for whatever else `read` has the words
+            return None
+        if (status.st_dev, status.st_ino) != self._identity:
+            return None
+        return data, self._stamp is not None and self._stamp.unwritten(status)
+
     def close(self) -> None:
         os.close(self._fd)
 
@@ -66,6 +84,9 @@ class _OpenTree:
         if offset + length > self._map.size:
             raise ChunkUnavailable(f"the map of {self._path} does not reach as far as the chunk")
         return self._map.read(self._tree, offset, length), False
+
+    def read_at_hand(self, offset: int, length: int) -> None:
+        return None  # its files may have to be opened first
 
     def close(self) -> None:
         self._tree.close()
@@ -94,6 +115,16 @@ class SourcePool:
             if error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOMEM):  # says nothing about the chunk
                 raise StoreError(f"{source.path} could not be opened: {reason}") from error
             raise ChunkUnavailable(f"{source.path} cannot be read any more: {reason}") from error
+
+    def read_at_hand(self, source: Source, offset: int, length: int) -> tuple[Buffer, bool] | None:
+        """As `read`, if the source is open and the bytes are in memory; else None, at once."""
+        if source.id not in self._open:
+            return None
+        try:
+            with self._borrow(source) as reader:
+                return reader.read_at_hand(offset, length)
+        except (OSError, ChunkUnavailable):  # another thread closed it meanwhile, and it does not open again
+            return None
 
     @contextlib.contextmanager
     def _borrow(self, source: Source) -> Iterator[_OpenFile | _OpenTree]:

@@ -19,7 +19,7 @@ from typing import Any, Self
 
 from blake3 import blake3
 
-from p2pnode.errors import ChunkUnavailable, UsageError
+from p2pnode.errors import ChunkUnavailable, StoreError, UsageError
 from p2pnode.nix.narmap import NarMap
 from p2pnode.store import recovery, removal, verification
 from p2pnode.store.catalog import open_catalog
@@ -38,7 +38,7 @@ from p2pnode.store.records import (
     VerifyReport,
 )
 from p2pnode.store.rename import copy_file, place
-from p2pnode.store.sources import SourcePool, changed
+from p2pnode.store.sources import Buffer, SourcePool, changed
 from p2pnode.store.space import free_bytes, write_failure
 from protocols.cid import CID, DIGEST_SIZE
 from protocols.errors import CIDError, ManifestError
@@ -271,6 +271,26 @@ class Store:
             if not moved:
                 break
         raise ChunkUnavailable(f"chunk {digest.hex()[:16]}… is not available: {reason}")
+
+    def read_at_hand(self, digests: Sequence[bytes]) -> list[Buffer | None]:
+        """Those chunks that are in memory, checked as `read` does; None for each that only `read` can tell of.
+
+        Waits for no disk (but for the catalog's pages) and for no other thread."""
+        try:
+            locations = self.catalog.locations_at_hand(digests)
+        except StoreError as error:
+            log.debug("left to whoever waits: %s", error)
+            locations = {}
+        return [self._read_at_hand(digest, locations.get(digest)) for digest in digests]
+
+    def _read_at_hand(self, digest: bytes, location: Location | None) -> Buffer | None:
+        if location is None:
+            return None
+        found = self._pool.read_at_hand(location.source, location.offset, location.length)
+        if found is None:
+            return None
+        data, proved = found
+        return data if proved or blake3(data).digest() == digest else None
 
     def _drop(self, location: Location, digest: bytes, reason: str) -> bool:
         """Drop what turned out bad; False if it only moved while it was read, so that it must be looked up again."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import random
+from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -38,7 +39,9 @@ log = logging.getLogger(__name__)
 
 HAVE_INTERVAL = 0.1  # DESIGN 4: HAVEs are batched, or a swarm of N pays N frames per chunk
 UPLOAD_WORKERS = 2
-READ_BATCH = 16  # chunks per worker-thread call
+READ_BATCH = 4  # chunks per worker-thread call
+READ_AT_HAND = 4  # and per look into the catalog
+MAX_TO_READ = 2 * UPLOAD_WORKERS * READ_BATCH
 RETRY_BUSY_MS = 1000
 MAX_SESSIONS = 500
 REJOIN_DELAYS = (0.0, 0.5, 1.0, 2.0, 4.0)  # s; whoever stays away longer is found again by the next search
@@ -89,7 +92,8 @@ class Exchange:
         self._received: dict[str, int] = {}
         self._sent: dict[str, int] = {}
         self._timer_changed = trio.Event()
-        self._uploads_changed = trio.Event()
+        self._to_read: deque[tuple[str, bytes]] = deque()  # what to send to whom, once the disk has given it
+        self._some_to_read = trio.Event()
         self._haves = trio.Event()
         self._answered = trio.Event()
         self._left = trio.Event()
@@ -284,7 +288,7 @@ class Exchange:
     def _forget_retired(self, session: PeerSession) -> None:
         self._retired.discard(session)
         self._uploads.sent(session.peer, session.unsent)
-        self._uploads_changed.set()
+        self._fill_uploads()
         if not session.finished:  # the relay went first: what it still carried is asked for again
             self._handle(ev.PeerBusy(session.peer, 0.0))
 
@@ -305,7 +309,7 @@ class Exchange:
             old.close("the session that took over has ended")
         self._unfollow(session)
         self._uploads.leave(session.peer)
-        self._uploads_changed.set()  # what it had queued made others wait
+        self._fill_uploads()  # what it had queued made others wait
         self._answers = {key: known for key, known in self._answers.items() if key[1] != session.peer}
         self._repeats = {key: times for key, times in self._repeats.items() if key[1] != session.peer}
         self.records.left(session.peer)
@@ -335,7 +339,7 @@ class Exchange:
                 case m.Want(ids=ids, priority=priority):
                     if not self._uploads.want(session.peer, ids, priority):
                         session.send(m.Busy(RETRY_BUSY_MS))
-                    self._uploads_changed.set()
+                    self._fill_uploads()
                 case m.Cancel(ids=ids):
                     self._uploads.cancel(session.peer, ids)
                 case m.DontHave(ids=ids):
@@ -628,36 +632,56 @@ class Exchange:
         self._sent[session.peer] = self._sent.get(session.peer, 0) + size
         if self._sessions.get(session.peer) is session or session in self._retired:
             self._uploads.sent(session.peer, size)  # an earlier session's account was closed with it
-            self._uploads_changed.set()
+            self._fill_uploads()
+
+    def _fill_uploads(self) -> None:
+        """Queue what is to be sent next and is in memory; what the disk has to be waited for goes to the tasks."""
+        while len(self._to_read) < MAX_TO_READ:
+            turns = self._next_turns(READ_AT_HAND)
+            if not turns:
+                return
+            for (peer, key), payload in zip(turns, self._at_hand([key for _, key in turns]), strict=True):
+                session = self._sessions.get(peer)
+                if payload is None:
+                    self._to_read.append((peer, key))
+                    self._some_to_read.set()
+                elif session is not None:
+                    self._send_block(session, key, payload)
+
+    def _at_hand(self, keys: Sequence[bytes]) -> Sequence[Buffer | None]:
+        cids = [CID.from_bytes(key) for key in keys]
+        if any(cid.codec is Codec.DAG_CBOR for cid in cids):
+            return [None] * len(cids)
+        return self._store.read_at_hand([cid.digest for cid in cids])
+
+    def _next_turns(self, number: int) -> list[tuple[str, bytes]]:
+        turns: list[tuple[str, bytes]] = []
+        while len(turns) < number and (turn := self._uploads.next()) is not None:
+            turns.append(turn)
+        return turns
+
+    def _send_block(self, session: PeerSession, key: bytes, payload: Buffer) -> None:
+        self._uploads.queued(session.peer, key, len(payload))
+        session.send_block(m.Block(key, m.Encoding.RAW, len(payload), (payload,)))
 
     async def _upload(self) -> None:
         while True:
-            batch = self._next_batch()
-            if not batch:
-                if self._uploads_changed.is_set():
-                    self._uploads_changed = trio.Event()
-                await self._uploads_changed.wait()
+            if not self._to_read:
+                self._some_to_read = trio.Event()
+                await self._some_to_read.wait()
                 continue
-            sessions = [self._sessions.get(peer) for peer, _ in batch]
-            payloads = await trio.to_thread.run_sync(self._read_blocks, [key for _, key in batch])
-            for (peer, key), session, payload in zip(batch, sessions, payloads, strict=True):
+            turns = [self._to_read.popleft() for _ in range(min(READ_BATCH, len(self._to_read)))]
+            sessions = [self._sessions.get(peer) for peer, _ in turns]
+            payloads = await trio.to_thread.run_sync(self._read_blocks, [key for _, key in turns])
+            for (peer, key), session, payload in zip(turns, sessions, payloads, strict=True):
                 current = self._sessions.get(peer)
                 if current is None or (current is not session and session not in self._retired):
                     continue  # a later session of the peer has not asked for it
                 if payload is None:
                     current.send(m.DontHave((key,)))
-                    continue
-                self._uploads.queued(peer, key, len(payload))
-                current.send_block(m.Block(key, m.Encoding.RAW, len(payload), (payload,)))
-
-    def _next_batch(self) -> list[tuple[str, bytes]]:
-        batch: list[tuple[str, bytes]] = []
-        while len(batch) < READ_BATCH:
-            turn = self._uploads.next()
-            if turn is None:
-                break
-            batch.append(turn)
-        return batch
+                else:
+                    self._send_block(current, key, payload)
+            self._fill_uploads()
 
     def _read_blocks(self, keys: Sequence[bytes]) -> list[Buffer | None]:
         return [self._read_block(key) for key in keys]
