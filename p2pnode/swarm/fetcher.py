@@ -8,9 +8,7 @@ Whatever stops it, the chunks that arrived stay in the store and the next fetch 
 
 from __future__ import annotations
 
-import heapq
 import logging
-import threading
 import time
 from collections import deque
 from collections.abc import Awaitable, Callable, Collection, Sequence
@@ -31,7 +29,7 @@ from p2pnode.errors import (
     VerificationFailed,
 )
 from p2pnode.failures import most_telling
-from p2pnode.images.exporter import Exporter, exporter
+from p2pnode.images.exporter import exporter
 from p2pnode.images.output import check_output
 from p2pnode.images.paths import STORE_KINDS
 from p2pnode.nix.daemon import Piece
@@ -42,11 +40,12 @@ from p2pnode.store import Store
 from p2pnode.store.landing import Landing
 from p2pnode.store.records import Origin, Pin
 from p2pnode.store.space import check_space
-from p2pnode.swarm.delivery import Delivery, IntoStore, Supply, Take, ToCache, open_delivery
+from p2pnode.swarm.delivery import Delivery, IntoStore, Supply, ToCache, open_delivery
 from p2pnode.swarm.download import Download
 from p2pnode.swarm.exchange import Exchange, manifest_id
 from p2pnode.swarm.gate import PATIENCE, POLL, Gate
 from p2pnode.swarm.holdings import chunk_key
+from p2pnode.swarm.verifying import ChunkSink, Follower, Recent
 from p2pnode.threads import in_thread
 from protocols.cid import CID, CID_SIZE, DIGEST_SIZE
 from protocols.errors import ManifestError
@@ -56,10 +55,7 @@ from protocols.manifest import MAX_BLOCK, Image, ImageAssembler
 
 log = logging.getLogger(__name__)
 
-FEED_BATCH = 4 << 20  # bytes per worker-thread call of the verifier
-RECENT_BYTES = 32 << 20  # what the picker lets the verifier lag behind, twice
-RECENT_COST = 256  # bytes that keeping a chunk takes besides its own
-PIN_FACTOR = 4  # what is kept of a chunk keeps alive at most so many times its size, as in `protocols.yamux.session`
+CATCH_UP = 16  # chunks that the verifier feeds in one worker-thread call
 REPORT_INTERVAL = 0.25
 SETTLE = 2.0  # after everybody known has said no: somebody may be about to connect
 LIARS_TIMEOUT = 10.0  # when everybody who offered the image was banned: somebody honest may still be found
@@ -145,88 +141,6 @@ class _ManifestSink:
         return True
 
 
-class _Recent:
-    """Chunks that were checked and written a moment ago, for the verifier: it follows the downloads closely, and need
-    neither read nor check them again. Thread-safe.
-
-    Bounded: those go first that the verifier comes to last, by their `offset` in the image. (If the oldest went, a
-    verifier that has fallen behind once would find none again.)
-
-    They are slices of what a connection decrypted in one piece, which may be a hundred times as long: a peer could send
-    one small chunk in each, and have us keep all the rest of them too. Such are copied."""
-
-    def __init__(self, offset: Callable[[bytes], int]) -> None:
-        self._offset = offset
-        self._chunks: dict[bytes, Payload] = {}
-        self._last: list[tuple[int, bytes]] = []  # heap of minus offset, digest; also of some that are gone
-        self._size = 0
-        self._lock = threading.Lock()
-
-    def put(self, digest: bytes, pieces: Payload) -> None:
-        kept = [_unpinned(piece) for piece in pieces]
-        with self._lock:
-            self._drop(digest)
-            self._chunks[digest] = kept
-            self._size += _cost(kept)
-            heapq.heappush(self._last, (-self._offset(digest), digest))
-            while self._size > RECENT_BYTES:
-                self._drop(heapq.heappop(self._last)[1])
-            if len(self._last) > 2 * len(self._chunks) + 16:
-                self._last = [entry for entry in set(self._last) if entry[1] in self._chunks]
-                heapq.heapify(self._last)
-
-    def take(self, digests: Sequence[bytes]) -> list[Payload]:
-        """As many of the first `digests` as are there."""
-        taken: list[Payload] = []
-        with self._lock:
-            for digest in digests:
-                if (pieces := self._drop(digest)) is None:
-                    break
-                taken.append(pieces)
-        return taken
-
-    def _drop(self, digest: bytes) -> Payload | None:
-        pieces = self._chunks.pop(digest, None)
-        if pieces is not None:
-            self._size -= _cost(pieces)
-        return pieces
-
-
-def _cost(pieces: Payload) -> int:
-    return sum(map(len, pieces)) + RECENT_COST
-
-
-def _unpinned(piece: Buffer) -> Buffer:
-    """A piece, without a buffer behind it that is much longer than itself."""
-    whole = memoryview(piece.obj).nbytes if isinstance(piece, memoryview) else len(piece)
-    return piece if len(piece) * PIN_FACTOR >= whole else bytes(piece)
-
-
-class _ChunkSink:
-    """Hands chunks to the landing, and those that are good to `recent`."""
-
-    def __init__(self, image: Image, landing: Landing, recent: _Recent) -> None:
-        self._image = image
-        self._landing = landing
-        self._recent = recent
-
-    def accept_many(self, blocks: Sequence[tuple[bytes, Payload]]) -> list[bool]:
-        for key, pieces in blocks:
-            expected = self._image.chunks[key[CID_SIZE - DIGEST_SIZE :]]
-            size = sum(map(len, pieces))
-            if size != expected and CID.from_bytes(key).matches(b"".join(pieces)):
-                # Whoever made the image is to blame, not the peer that sent what was asked for.
-                raise VerificationFailed(
-                    f"image {self._image.id} is not valid: it says that a chunk of {size} bytes has {expected}"
-                )
-        chunks = [(key[CID_SIZE - DIGEST_SIZE :], pieces) for key, pieces in blocks]
-        good = self._landing.accept_many(chunks)
-        for ok, (digest, pieces) in zip(good, chunks, strict=True):
-            if ok:
-                self._recent.put(digest, pieces)
-        return good
-
-
 class _Arrivals:
     """Which chunks are here, and which objects are therefore whole, for the one task that verifies them."""
 
@@ -273,6 +187,16 @@ class _Arrivals:
     async def wait(self) -> None:
         """Until something arrives."""
         await self._event.wait()
+
+
+@dataclass(frozen=True, slots=True)
+class _Inflow:
+    """Where the chunks of a fetch are while it runs."""
+
+    arrivals: _Arrivals
+    landing: Landing
+    recent: Recent
+    sink: ChunkSink
 
 
 class Fetcher:
@@ -498,8 +422,8 @@ class Fetcher:
             await trio.to_thread.run_sync(check_space, landing.path.parent, missing)
             self._provide(image)
             await self._exchange.tell(image.id)
-            arrivals = _Arrivals(image, here)
-            recent = _Recent(landing.offset)
+            recent = Recent(landing.offset)
+            inflow = _Inflow(_Arrivals(image, here), landing, recent, ChunkSink(image, landing, recent))
             id = image.id.to_bytes()
             async with (
                 self._exchange.download(
@@ -508,8 +432,8 @@ class Fetcher:
                     [chunk_key(digest) for digest in digests],
                     list(image.chunks.values()),
                     bytes(here),
-                    _ChunkSink(image, landing, recent),
-                    arrivals.arrived,
+                    inflow.sink,
+                    inflow.arrivals.arrived,
                 ) as download,
                 trio.open_nursery() as nursery,
             ):
@@ -518,12 +442,10 @@ class Fetcher:
                     nursery.start_soon(self._search, image.id, searched)
                 nursery.start_soon(download.fails)
                 delivered = trio.Event()
-                supply = Supply(
-                    partial(self._take, arrivals, recent, landing), partial(self._find, arrivals, recent, landing)
-                )
+                supply = Supply(partial(self._take, inflow), partial(self._find, inflow))
                 if delivery is not None:
                     nursery.start_soon(self._deliver, delivery, gate, supply, delivered)
-                await self._verify(image, gate, delivery, arrivals, supply.take)
+                await self._verify(image, gate, delivery, inflow)
                 if delivery is not None:
                     await delivered.wait()
                 if options.mirror:
@@ -548,93 +470,107 @@ class Fetcher:
         await delivery.deliver(gate, supply)
         delivered.set()
 
-    async def _verify(
-        self, image: Image, gate: Gate, delivery: Delivery | None, arrivals: _Arrivals, take: Take
-    ) -> None:
+    async def _verify(self, image: Image, gate: Gate, delivery: Delivery | None, inflow: _Inflow) -> None:
         """Hash, judge and export objects as their chunks land: first those that are complete."""
         waiting = set(range(len(image.objects))) - (frozenset() if delivery is None else delivery.present)
         while waiting:
-            index = arrivals.take_whole()
+            index = inflow.arrivals.take_whole()
             if index is None and len(waiting) == 1:
                 (index,) = waiting  # nothing better to do than to follow this one as it grows
             if index is None:
-                await arrivals.wait()
+                await inflow.arrivals.wait()
                 continue
             if index not in waiting:
                 continue  # followed above while it became whole
             waiting.remove(index)
             if delivery is not None and delivery.verifies and await gate.signed(index) is not None:
                 continue
-            layout = image.objects[index].layout
             await trio.to_thread.run_sync(gate.begin_object, index)
-            await self._feed(layout.digests, layout.sizes, gate, take)
+            digests = image.objects[index].layout.digests
+            inflow.sink.follower = follower = Follower(gate, digests, inflow.recent)
+            try:
+                await self._follow(follower, digests, inflow)
+            finally:
+                inflow.sink.follower = None
+                if follower.next is not None:  # cut off: somebody may be feeding
+                    with trio.CancelScope(shield=True):
+                        await trio.to_thread.run_sync(follower.stop)
             await trio.to_thread.run_sync(gate.end_object)
             await gate.judge(index)
 
-    async def _feed(self, digests: Sequence[bytes], sizes: Sequence[int], export: Exporter, take: Take) -> None:
-        at = 0
-        while at < len(digests):
-            end, size = at, 0
-            while end < len(digests) and size < FEED_BATCH:  # waking a thread costs more than hashing one chunk
-                size += sizes[end]
-                end += 1
-            await trio.to_thread.run_sync(_feed_all, export, await take(digests[at:end]))
-            at = end
+    async def _follow(self, follower: Follower, digests: Sequence[bytes], inflow: _Inflow) -> None:
+        """Until the object was fed: what comes in its order is fed by those who bring it, the rest here."""
+        reloads: dict[bytes, int] = {}
+        while follower.at < len(digests):
+            follower.check()
+            at = follower.at
+            ready = inflow.arrivals.ready(digests[at : at + CATCH_UP])
+            if not ready:
+                await inflow.arrivals.wait()
+                continue
+            try:
+                await trio.to_thread.run_sync(follower.catch_up, at + ready, partial(self._read_one, inflow.landing))
+            except ChunkUnavailable as exc:
+                log.warning("fetching again: %s", exc)
+                await self._reload(digests[follower.at], inflow.arrivals, reloads)
+        follower.check()
 
-    async def _take(
-        self, arrivals: _Arrivals, recent: _Recent, landing: Landing, digests: Sequence[bytes]
-    ) -> list[Buffer]:
+    async def _take(self, inflow: _Inflow, digests: Sequence[bytes]) -> list[Buffer]:
         """Chunks, when all of them are here. What turns out to be damaged on disk is fetched again."""
         taken: list[Payload] = []
         reloads: dict[bytes, int] = {}
         while len(taken) < len(digests):
-            await arrivals.wait_for(digests[len(taken) :])
-            taken += recent.take(digests[len(taken) :])
+            await inflow.arrivals.wait_for(digests[len(taken) :])
+            taken += inflow.recent.take(digests[len(taken) :])
             if len(taken) == len(digests):
                 break
-            read, lost = await trio.to_thread.run_sync(self._read, digests[len(taken) :], recent, landing)
+            read, lost = await trio.to_thread.run_sync(self._read, digests[len(taken) :], inflow)
             taken += read
             if lost is None:
                 continue
-            reloads[lost] = reloads.get(lost, 0) + 1
-            if reloads[lost] > RELOADS:
-                raise StoreError(f"chunk {lost.hex()} was damaged on disk {RELOADS} times after it had been verified")
-            arrivals.lost(lost)
-            if await trio.to_thread.run_sync(self._store.has, lost):
-                arrivals.arrived([chunk_key(lost)])  # it came again before we knew
-            else:  # its row may never have been committed, and then nobody has told the exchange
-                self._exchange.want([chunk_key(lost)])
+            await self._reload(lost, inflow.arrivals, reloads)
         return [piece for pieces in taken for piece in pieces]
 
-    async def _find(
-        self, arrivals: _Arrivals, recent: _Recent, landing: Landing, digests: Sequence[bytes]
-    ) -> list[Piece]:
+    async def _reload(self, lost: bytes, arrivals: _Arrivals, reloads: dict[bytes, int]) -> None:
+        """Have a chunk fetched again whose bytes on disk are no longer what they were."""
+        reloads[lost] = reloads.get(lost, 0) + 1
+        if reloads[lost] > RELOADS:
+            raise StoreError(f"chunk {lost.hex()} was damaged on disk {RELOADS} times after it had been verified")
+        arrivals.lost(lost)
+        if await trio.to_thread.run_sync(self._store.has, lost):
+            arrivals.arrived([chunk_key(lost)])  # it came again before we knew
+        else:  # its row may never have been committed, and then nobody has told the exchange
+            self._exchange.want([chunk_key(lost)])
+
+    async def _find(self, inflow: _Inflow, digests: Sequence[bytes]) -> list[Piece]:
         """Where chunks were written, when all of them are here; the bytes of those that lie elsewhere."""
-        await arrivals.wait_for(digests)
+        await inflow.arrivals.wait_for(digests)
         found: list[Piece] = []
         for digest in digests:
-            place, last = landing.place(digest), found[-1] if found else None
+            place, last = inflow.landing.place(digest), found[-1] if found else None
             if place is None:
-                found += await self._take(arrivals, recent, landing, [digest])
+                found += await self._take(inflow, [digest])
                 continue
-            recent.take([digest])  # makes room
+            inflow.recent.take([digest])  # makes room
             if isinstance(last, FileRange) and last.offset + last.length == place.offset:
                 found[-1] = FileRange(place.fd, last.offset, last.length + place.length)
             else:
                 found.append(place)
         return found
 
-    def _read(self, digests: Sequence[bytes], recent: _Recent, landing: Landing) -> tuple[list[Payload], bytes | None]:
+    def _read(self, digests: Sequence[bytes], inflow: _Inflow) -> tuple[list[Payload], bytes | None]:
         """As many of the first `digests` as can be read, and the one that cannot."""
         found: list[Payload] = []
         for digest in digests:
             try:
-                taken = recent.take([digest])
-                found += taken or [(landing.read(digest) or self._store.read(digest),)]
+                found += inflow.recent.take([digest]) or [self._read_one(inflow.landing, digest)]
             except ChunkUnavailable as exc:
                 log.warning("fetching again: %s", exc)
                 return found, digest
         return found, None
+
+    def _read_one(self, landing: Landing, digest: bytes) -> Payload:
+        return (landing.read(digest) or self._store.read(digest),)
 
     async def _watch(self, image: Image, timeout: float, report: Report) -> None:
         """Report progress; end the fetch when nothing has come for `timeout` seconds."""
@@ -659,11 +595,6 @@ class Fetcher:
             phase = "fetching" if stats.remaining else "verifying"
             report(Progress(phase, total - stats.remaining_bytes, total, stats.peers, note))
             await trio.sleep(REPORT_INTERVAL)
-
-
-def _feed_all(export: Exporter, pieces: Sequence[Buffer]) -> None:
-    for piece in pieces:
-        export.feed(piece)
 
 
 def _liars(root: CID, banned: Collection[str]) -> str:

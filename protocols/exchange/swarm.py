@@ -47,6 +47,7 @@ from protocols.exchange.state import SNUB_FIRST, Download, DownloadStats, Peer
 BAN_SCORE = -7  # libtorrent's trust points: -2 for a bad piece, +1 for a good one, banned at -7
 GOOD_SCORE_CAP = 8
 BAN_SECONDS = 3600.0
+QUEUE_BYTES = 16 << 20  # of all peers together, or chunks come too far out of order for whoever verifies them
 MAX_PUSH = 2.0  # one that is slow all the same answers after twice the usual time
 SNUB_MAX = 64.0
 FIND_INTERVAL = 60.0  # Kraken and boxo ask for more providers once a minute
@@ -537,7 +538,8 @@ class Swarm:
         # rates: without this push whatever they were first would stay.
         push = min(max(total / len(rates) / rate, 1.0), MAX_PUSH)
         left = sum(d.remaining_bytes for d in self._downloads.values())
-        return min(peer.window.size * push, left * rate / total + 1)
+        size = min(peer.window.size, max(peer.window.pipe, QUEUE_BYTES / len(rates)))
+        return min(size * push, left * rate / total + 1)
 
     def _pick(self, peer: Peer, d: Download) -> int | None:
         if not len(d.picker):

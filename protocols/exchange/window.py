@@ -3,7 +3,8 @@
 window = rate x max(4 x RTT, 0.5 s or 8 MiB): enough to keep the pipe full through scheduling noise, little enough that
 a peer that turns slow holds up little and that chunks come about in the order in which they were asked for
 (libtorrent's request_queue_time is 3 s; half a second suffices as we ask for chunks of 256 KiB instead of blocks of 16
-KiB, and cancels are cheap). While starting, the window grows by one chunk per chunk received, that is it doubles per
+KiB, and cancels are cheap). What is queued beyond the line's own bytes (`pipe`) the fast peers of a node share, see
+`Swarm`. While starting, the window grows by one chunk per chunk received, that is it doubles per
 round trip (TCP slow start; libtorrent's peer_connection::received_piece).
 """
 
@@ -51,7 +52,7 @@ class Window:
             self._since = now
         self._bytes += size
         if self.starting:
-            self.size = min(self.size + size, max(HORIZON_BYTES, self.rate * 4 * self.rtt), MAX_WINDOW)
+            self.size = min(self.size + size, max(HORIZON_BYTES, self.pipe), MAX_WINDOW)
         elapsed = now - self._since
         if elapsed >= RATE_INTERVAL:
             self._measure(self._bytes / elapsed)
@@ -67,7 +68,12 @@ class Window:
         self.rate = sample if not self.rate else self.rate + SMOOTHING * (sample - self.rate)
         if not self.starting:
             queue = min(self.rate * HORIZON, HORIZON_BYTES)
-            self.size = min(max(START_WINDOW, queue, self.rate * 4 * self.rtt), MAX_WINDOW)
+            self.size = min(max(queue, self.pipe), MAX_WINDOW)
+
+    @property
+    def pipe(self) -> float:
+        """The bytes that the line itself takes, four times over; without a queue at either end."""
+        return max(START_WINDOW, self.rate * 4 * self.rtt)
 
     def timed_out(self) -> None:
         """The peer stalled: begin again from the smallest window, and grow it again (TCP does so after a time-out)."""

@@ -6,6 +6,7 @@ import pytest
 
 from protocols.exchange import events as ev
 from protocols.exchange.picker import Order
+from protocols.exchange.swarm import QUEUE_BYTES
 from tests.protocols.simulator import KIB, MBIT, MIB, Content, Node, Simulator, check_invariants
 
 IMAGE = Content.of(256)  # 64 MiB
@@ -85,6 +86,28 @@ def test_fair_shares_of_equal_providers() -> None:
     received = leecher.swarm.stats(IMAGE.id).received
     assert min(received.values()) >= IMAGE.bytes / 8
     assert waste(leecher) <= 3
+
+
+def test_fast_providers_share_one_queue() -> None:
+    """Else chunks would come further out of order the more of them there are."""
+    sim = Simulator(latency=0.0001)
+    content = Content.of(4096)
+    for i in range(4):
+        sim.node(f"p{i}", up=1000 * MBIT, has=content)
+    leecher = sim.node("leecher", down=4000 * MBIT)
+    sim.connect_all()
+    leecher.fetch(content)
+    most = 0
+
+    def looked() -> bool:
+        nonlocal most
+        if sim.now > 1.0:  # when rates are known
+            most = max(most, sum(peer.in_flight_bytes for peer in leecher.swarm._peers.values()))
+        return content.id in leecher.done
+
+    seconds = sim.run(looked, 60.0)
+    assert 8 * MIB < most <= 1.5 * QUEUE_BYTES
+    assert content.bytes / (4000 * MBIT) / seconds >= 0.9
 
 
 def test_fair_shares_of_equal_leechers() -> None:

@@ -66,3 +66,10 @@ def test_bounds(events: list[tuple[int, float]]) -> None:
         assert w.START_WINDOW / 2 <= window.size <= w.MAX_WINDOW
         assert w.TIMEOUT_MIN <= window.timeout <= w.TIMEOUT_MAX
         assert window.rate >= 0
+
+
+def test_the_pipe_is_what_the_line_takes_without_a_queue() -> None:
+    window = w.Window()
+    assert window.pipe == w.START_WINDOW
+    window.rate, window.rtt = 100e6, 0.05
+    assert window.pipe == 4 * 0.05 * 100e6

@@ -87,7 +87,7 @@ async def test_an_import_that_stops_halfway_goes_on(
     assert leech.store.stats().owned_bytes >= 2 * SIZE, "what came is kept for the next try"
     monkeypatch.undo()
     again = await fetch(leech, image, store, link)
-    assert again.received_bytes < SIZE  # what was in flight when it stopped
+    assert again.received_bytes < 1.5 * SIZE  # what was in flight when it stopped: at most the third
     assert again.delivered == {"store": {"added": 2, "present": 1, "root": str(link)}}
     assert store.valid() == {DEP, LIB, TOP}
     assert leech.store.stats().owned_bytes == 0 and leech.store.verify(image.id).ok

@@ -6,7 +6,7 @@ import tracemalloc
 
 import pytest
 
-from p2pnode.swarm import fetcher
+from p2pnode.swarm import verifying
 from protocols.cid import CID, Codec
 from protocols.exchange import messages as m
 
@@ -31,8 +31,8 @@ def arrive(reader: m.FrameReader, payload: bytes) -> m.Block:
 @pytest.mark.parametrize("size", [1, 4096, 200_000, 300_000])
 def test_a_chunk_keeps_little_more_alive_than_itself(size: int, monkeypatch: pytest.MonkeyPatch) -> None:
     bound = 4 << 20
-    monkeypatch.setattr(fetcher, "RECENT_BYTES", bound)
-    recent, reader = fetcher._Recent(in_order), m.FrameReader()
+    monkeypatch.setattr(verifying, "RECENT_BYTES", bound)
+    recent, reader = verifying.Recent(in_order), m.FrameReader()
     tracemalloc.start()
     try:
         for number in range(64):
@@ -42,13 +42,13 @@ def test_a_chunk_keeps_little_more_alive_than_itself(size: int, monkeypatch: pyt
         held, _ = tracemalloc.get_traced_memory()
     finally:
         tracemalloc.stop()
-    assert held < 64 * fetcher.PIN_FACTOR * size + (1 << 18)
-    assert held < fetcher.PIN_FACTOR * bound + READ
+    assert held < 64 * verifying.PIN_FACTOR * size + (1 << 18)
+    assert held < verifying.PIN_FACTOR * bound + READ
 
 
 def test_many_tiny_chunks_are_not_free(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fetcher, "RECENT_BYTES", 1 << 20)
-    recent = fetcher._Recent(in_order)
+    monkeypatch.setattr(verifying, "RECENT_BYTES", 1 << 20)
+    recent = verifying.Recent(in_order)
     digests = [number.to_bytes(32, "big") for number in range(20_000)]
     for digest in digests:
         recent.put(digest, [b"x"])
@@ -57,7 +57,7 @@ def test_many_tiny_chunks_are_not_free(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_what_is_taken_is_what_was_put() -> None:
-    recent, reader = fetcher._Recent(in_order), m.FrameReader()
+    recent, reader = verifying.Recent(in_order), m.FrameReader()
     data = {bytes([size % 251]) * 32: bytes(range(256)) * size for size in (1, 17, 1200)}
     for digest, payload in data.items():
         recent.put(digest, arrive(reader, payload).payload)
@@ -67,8 +67,8 @@ def test_what_is_taken_is_what_was_put() -> None:
 
 
 def test_those_go_first_that_the_verifier_comes_to_last(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fetcher, "RECENT_BYTES", 8 * (1000 + fetcher.RECENT_COST))
-    recent = fetcher._Recent(in_order)
+    monkeypatch.setattr(verifying, "RECENT_BYTES", 8 * (1000 + verifying.RECENT_COST))
+    recent = verifying.Recent(in_order)
     digests = [number.to_bytes(32, "big") for number in range(100)]
     for digest in (*digests[50:], *digests[:50]):
         recent.put(digest, [bytes(1000)])
