@@ -405,10 +405,12 @@ class DHTRouter:
         async def divide(keys: list[bytes], peers: list[PeerInfo]) -> None:
             placed = [(peer_position(info.peer), info.peer) for info in peers]
             infos.update((info.peer, info) for info in peers)
+            replication = self._config.replication
+            everybody = [info.peer for info in peers] if len(peers) <= replication else None
             for index, key in enumerate(keys):
                 if index % SLICE == 0:
                     await trio.lowlevel.checkpoint()
-                chosen = responsible(key_position(key), placed, self._config.replication)
+                chosen = everybody or responsible(key_position(key), placed, replication)
                 for peer in self._plan.assign(round_, key, chosen):
                     share.setdefault(peer, []).append(key)
 

@@ -19,6 +19,14 @@ def chunk_key(digest: bytes) -> bytes:
     return _RAW + digest
 
 
+def _bits(held: bytearray) -> bytearray:
+    """One bit for each byte of 0 or 1, most significant first."""
+    if not held:
+        return bytearray()
+    number = int(held.translate(b"01" + bytes(254)), 2) << -len(held) % 8
+    return bytearray(number.to_bytes((len(held) + 7) // 8, "big"))
+
+
 @dataclass(slots=True)
 class Holding:
     """One image: bit number of each chunk key, and the bits (most significant first) of those that are here."""
@@ -74,11 +82,8 @@ class Holdings:
         if image is None:
             return None
         index = {chunk_key(digest): i for i, digest in enumerate(image.chunks)}
-        holding = Holding(index, bytearray((len(index) + 7) // 8), 0)
-        for number, here in enumerate(self._store.held(image.chunks)):
-            if here:
-                holding.set(number, True)
-        return holding
+        held = self._store.held_of(image)
+        return Holding(index, _bits(held), sum(held))
 
     def arrived(self, keys: Iterable[bytes]) -> bool:
         """Chunks are here now; whether anybody has to be told."""
