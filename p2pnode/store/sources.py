@@ -18,8 +18,6 @@ from p2pnode.store.records import FileStamp, Source, SourceKind
 
 MAX_OPEN = 64
 _FLAGS = os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY  # NONBLOCK: a fifo in the file's place must not wait
-
-
 _NOWAIT: int | None = getattr(os, "RWF_NOWAIT", None)  # Linux only
 
 Buffer = bytes | memoryview

@@ -667,7 +667,8 @@ class Exchange:
     async def _upload(self) -> None:
         while True:
             if not self._to_read:
-                self._some_to_read = trio.Event()
+                if self._some_to_read.is_set():  # else another of these tasks waits for it already
+                    self._some_to_read = trio.Event()
                 await self._some_to_read.wait()
                 continue
             turns = [self._to_read.popleft() for _ in range(min(READ_BATCH, len(self._to_read)))]

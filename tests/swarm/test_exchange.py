@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import random
+import threading
 from collections.abc import Callable
 from pathlib import Path
 
@@ -56,6 +58,31 @@ async def test_a_directory_and_serving_on_from_the_export(world: World, tmp_path
     assert (tmp_path / "copy2/sub/big").read_bytes() == content(3 << 20)
     assert (tmp_path / "copy2/link").readlink() == Path("sub/big")
     assert (tmp_path / "copy2/run").stat().st_mode & 0o100
+
+
+async def test_what_is_on_the_disk_is_read_two_batches_at_a_time(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seed, leech = await world.peer("seed"), await world.peer("leech")
+    (tmp_path / "img").write_bytes(content(16 << 20))
+    image = seed.provide(tmp_path / "img")
+    read, together, calls = seed.store.read, threading.Barrier(2, timeout=30), itertools.count()
+    lock, readers = threading.Lock(), set[int]()
+
+    def slow(digest: bytes) -> bytes:
+        with lock:
+            first = threading.get_ident() not in readers
+            readers.add(threading.get_ident())
+            meet = first and next(calls) < 2
+        if meet:
+            together.wait()
+        return read(digest)
+
+    monkeypatch.setattr(seed.store, "read", slow)
+    monkeypatch.setattr(seed.store, "read_at_hand", lambda digests: [None] * len(digests))
+    await leech.fetch(image.id, out=tmp_path / "out")
+    assert (tmp_path / "out").read_bytes() == content(16 << 20)
+    assert not together.broken and len(readers) >= 2
 
 
 async def test_version_two_transfers_only_what_is_missing(world: World, tmp_path: Path) -> None:
