@@ -92,7 +92,7 @@ class Exchange:
         self._received: dict[str, int] = {}
         self._sent: dict[str, int] = {}
         self._timer_changed = trio.Event()
-        self._to_read: deque[tuple[str, bytes]] = deque()  # what to send to whom, once the disk has given it
+        self._to_read: deque[tuple[PeerSession, bytes]] = deque()  # what to send to whom, once the disk has given it
         self._some_to_read = trio.Event()
         self._haves = trio.Event()
         self._answered = trio.Event()
@@ -642,10 +642,12 @@ class Exchange:
                 return
             for (peer, key), payload in zip(turns, self._at_hand([key for _, key in turns]), strict=True):
                 session = self._sessions.get(peer)
+                if session is None:
+                    continue
                 if payload is None:
-                    self._to_read.append((peer, key))
+                    self._to_read.append((session, key))
                     self._some_to_read.set()
-                elif session is not None:
+                else:
                     self._send_block(session, key, payload)
 
     def _at_hand(self, keys: Sequence[bytes]) -> Sequence[Buffer | None]:
@@ -672,10 +674,9 @@ class Exchange:
                 await self._some_to_read.wait()
                 continue
             turns = [self._to_read.popleft() for _ in range(min(READ_BATCH, len(self._to_read)))]
-            sessions = [self._sessions.get(peer) for peer, _ in turns]
             payloads = await trio.to_thread.run_sync(self._read_blocks, [key for _, key in turns])
-            for (peer, key), session, payload in zip(turns, sessions, payloads, strict=True):
-                current = self._sessions.get(peer)
+            for (session, key), payload in zip(turns, payloads, strict=True):
+                current = self._sessions.get(session.peer)
                 if current is None or (current is not session and session not in self._retired):
                     continue  # a later session of the peer has not asked for it
                 if payload is None:

@@ -100,9 +100,14 @@ async def test_a_relay_that_dies_while_it_is_left_costs_only_what_it_carried(
     assert not leech.exchange.bans and not seed.exchange.bans
 
 
-async def test_the_retired_session_ends_with_the_one_that_took_over(world: World, tmp_path: Path) -> None:
-    """What it had yet to send is not taken off the account of a session that comes later."""
+@pytest.mark.parametrize("at_hand", [True, False])
+async def test_the_retired_session_ends_with_the_one_that_took_over(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at_hand: bool
+) -> None:
+    """What it had yet to send is neither sent to a session that comes later, nor taken off its account."""
     seed, leech = await world.peer("seed"), world.fabric.node("leech")
+    if not at_hand:
+        monkeypatch.setattr(seed.store, "read_at_hand", lambda digests: [None] * len(digests))
     (tmp_path / "a.img").write_bytes(content(SIZE))
     wanted = [chunk_key(digest) for digest in seed.provide(tmp_path / "a.img").chunks]
     world.fabric.relay("seed", "leech")
