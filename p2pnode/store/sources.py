@@ -20,8 +20,6 @@ MAX_OPEN = 64
 _FLAGS = os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY  # NONBLOCK: a fifo in the file's place must not wait
 _NOWAIT: int | None = getattr(os, "RWF_NOWAIT", None)  # Linux only
 
-Buffer = bytes | memoryview
-
 
 class _OpenFile:
     def __init__(self, source: Source) -> None:
@@ -48,10 +46,12 @@ class _OpenFile:
             raise ChunkUnavailable(f"{self._path} was replaced by another file")
         return data, self._stamp is not None and self._stamp.unwritten(status)
 
-    def read_at_hand(self, offset: int, length: int) -> tuple[Buffer, bool] | None:
+    def read_at_hand(self, offset: int, length: int) -> tuple[memoryview, bool] | None:
+        if _NOWAIT is None:
+            return None
         data = slabs.take(length)
         try:
-            if _NOWAIT is None or os.preadv(self._fd, [data], offset, _NOWAIT) < length:
+            if os.preadv(self._fd, [data], offset, _NOWAIT) < length:
                 return None
             status = os.stat(self._path)
         except OSError:  # EAGAIN, EOPNOTSUPP; and for whatever else `read` has the words
@@ -114,7 +114,7 @@ class SourcePool:
                 raise StoreError(f"{source.path} could not be opened: {reason}") from error
             raise ChunkUnavailable(f"{source.path} cannot be read any more: {reason}") from error
 
-    def read_at_hand(self, source: Source, offset: int, length: int) -> tuple[Buffer, bool] | None:
+    def read_at_hand(self, source: Source, offset: int, length: int) -> tuple[memoryview, bool] | None:
         """As `read`, if the source is open and the bytes are in memory; else None, at once."""
         if source.id not in self._open:
             return None

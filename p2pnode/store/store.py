@@ -38,7 +38,7 @@ from p2pnode.store.records import (
     VerifyReport,
 )
 from p2pnode.store.rename import copy_file, place
-from p2pnode.store.sources import Buffer, SourcePool, changed
+from p2pnode.store.sources import SourcePool, changed
 from p2pnode.store.space import free_bytes, write_failure
 from protocols.cid import CID, DIGEST_SIZE
 from protocols.errors import CIDError, ManifestError
@@ -278,7 +278,7 @@ class Store:
                 break
         raise ChunkUnavailable(f"chunk {digest.hex()[:16]}… is not available: {reason}")
 
-    def read_at_hand(self, digests: Sequence[bytes]) -> list[Buffer | None]:
+    def read_at_hand(self, digests: Sequence[bytes]) -> list[memoryview | None]:
         """Those chunks that are in memory, checked as `read` does; None for each that only `read` can tell of.
 
         Waits for no disk (but for the catalog's pages) and for no other thread."""
@@ -289,7 +289,7 @@ class Store:
             locations = {}
         return [self._read_at_hand(digest, locations.get(digest)) for digest in digests]
 
-    def _read_at_hand(self, digest: bytes, location: Location | None) -> Buffer | None:
+    def _read_at_hand(self, digest: bytes, location: Location | None) -> memoryview | None:
         if location is None:
             return None
         found = self._pool.read_at_hand(location.source, location.offset, location.length)

@@ -89,7 +89,7 @@ class Follower:
         self._digests = digests
         self._recent = recent
         self._lock = threading.Lock()
-        self._failure: NodeError | None = None
+        self._failure: BaseException | None = None
         self._stopped = False
         self.at = 0
 
@@ -143,8 +143,14 @@ class Follower:
                 self._export.feed(piece)
             self.at += 1
         except NodeError as error:  # of the fetch, not of the peer whose chunk this thread has
-            self._failure = error
-            self._stopped = True
+            self._fail(error)
+        except BaseException as error:  # a bug: no piece may be fed twice after it
+            self._fail(error)
+            raise
+
+    def _fail(self, error: BaseException) -> None:
+        self._failure = error
+        self._stopped = True
 
 
 class ChunkSink:

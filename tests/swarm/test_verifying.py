@@ -136,6 +136,26 @@ def test_an_error_of_the_export_is_the_fetchs_not_the_peers() -> None:
         follower.check()
 
 
+def test_a_bug_of_the_export_ends_the_fetch_and_nothing_is_fed_twice(monkeypatch: pytest.MonkeyPatch) -> None:
+    parts, export, recent = chunks(3), Export(), Recent(offset)
+    follower = Follower(export, list(parts), recent)
+    first, *_ = parts
+    feed = export.feed
+
+    def broken(data: Buffer) -> None:
+        if export.fed:
+            raise ZeroDivisionError
+        feed(data)
+
+    monkeypatch.setattr(export, "feed", broken)
+    with pytest.raises(ZeroDivisionError):
+        bring(follower, recent, first, (parts[first][:7], parts[first][7:]))
+    follower.catch_up(3, nothing)
+    assert follower.at == 0 and len(export.fed) == 1
+    with pytest.raises(ZeroDivisionError):
+        follower.check()
+
+
 def test_nothing_is_fed_after_the_stop() -> None:
     parts, export, recent = chunks(10), Export(), Recent(offset)
     follower = Follower(export, list(parts), recent)
