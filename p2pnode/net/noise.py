@@ -11,10 +11,9 @@ from __future__ import annotations
 
 import os
 import struct
-from collections.abc import Iterable, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from socket import SHUT_WR
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import trio
 from cryptography.exceptions import InvalidTag
@@ -36,9 +35,6 @@ from noise.exceptions import (
 
 from p2pnode import slabs
 
-if TYPE_CHECKING:
-    from collections.abc import Iterator
-
 Buffer = bytes | bytearray | memoryview
 
 TAG = 16
@@ -46,8 +42,6 @@ MAX_CIPHERTEXT = 65535
 MAX_PLAINTEXT = MAX_CIPHERTEXT - TAG
 READ_SIZE = 1 << 20
 SCRATCH_SIZE = READ_SIZE + 2 + MAX_CIPHERTEXT  # one read behind the beginning of a record
-KEPT_SCRATCH = 4
-OWN_BUFFER = 256 * 1024
 MAX_EMPTY_RECORDS = 128  # in a row; nobody sends any, and each costs us an AEAD call
 HANDSHAKE_TIMEOUT = 10.0  # s, from the first byte; four messages of which ours take no time
 # Offsets in struct tcp_info, in bytes; times in microseconds. tcpi_min_rtt came with Linux 4.6.
@@ -70,23 +64,6 @@ _HANDSHAKE_ERRORS = (
     trio.BrokenResourceError,
     trio.ClosedResourceError,
 )
-
-_scratch: list[bytearray] = []
-
-
-@contextmanager
-def _scratch_buffer(size: int = SCRATCH_SIZE) -> Iterator[bytearray]:
-    """A buffer of at least `size`, at most SCRATCH_SIZE bytes. Large ones are shared between connections: an idle one
-    holds none, and one that waits for a slow peer holds little more than what it has to send."""
-    if size <= OWN_BUFFER:
-        yield bytearray(size)
-        return
-    buffer = _scratch.pop() if _scratch else bytearray(SCRATCH_SIZE)
-    try:
-        yield buffer
-    finally:
-        if len(_scratch) < KEPT_SCRATCH:
-            _scratch.append(buffer)
 
 
 class _Cipher:
@@ -192,8 +169,7 @@ class NoiseConnection(BaseSession):  # type: ignore[misc]
     async def _read_socket(self) -> list[memoryview] | None:
         assert self._socket is not None
         try:
-            with _scratch_buffer() as scratch, memoryview(scratch) as view:
-                # No await in here: the buffer is shared.
+            with slabs.take(SCRATCH_SIZE) as view:  # let go before we wait: an idle connection holds none
                 tail = len(self._tail)
                 view[:tail] = self._tail
                 fd = self._socket.fileno()
@@ -286,7 +262,7 @@ class NoiseConnection(BaseSession):  # type: ignore[misc]
                 frames = list(frames)
                 total = sum(len(part) for frame in frames for part in frame)
                 total += (2 + TAG) * (len(frames) + total // MAX_PLAINTEXT + 1)
-                with _scratch_buffer(min(total, SCRATCH_SIZE)) as scratch, memoryview(scratch) as out:
+                with slabs.take(min(total, SCRATCH_SIZE)) as out:
                     used = 0
                     for plaintext in _pack(frames):
                         size = len(plaintext) + TAG

@@ -6,7 +6,7 @@ import enum
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 from protocols.cid import CID
 from protocols.manifest import Kind
@@ -49,6 +49,27 @@ class ImageRecord:
     added: float
     last_used: float
     pinned: bool
+
+    @classmethod
+    def of_row(cls, row: tuple[Any, ...]) -> Self:
+        """The columns in the order of the fields, as SQLite has them."""
+        id, kind, name, size, chunks, chunk_bytes, held, held_bytes, complete, origin, path, added, used, pinned = row
+        return cls(
+            CID.from_bytes(id),
+            Kind(kind),
+            name,
+            size,
+            chunks,
+            chunk_bytes,
+            held,
+            held_bytes,
+            bool(complete),
+            Origin(origin),
+            path,
+            added,
+            used,
+            bool(pinned),
+        )
 
 
 @dataclass(frozen=True, slots=True)

@@ -657,7 +657,7 @@ class Store:
             " ORDER BY added, id",
             *values,
         )
-        return [_record(row) for row in rows]
+        return [ImageRecord.of_row(row) for row in rows]
 
     def count_held(self) -> None:
         """Let `held_chunks` of all images tell what is here now."""
@@ -673,26 +673,6 @@ class Store:
             held = sum(size for name, size in zip(names, lengths, strict=True) if name in found)
             with self.catalog.transaction() as db:
                 db.execute("UPDATE images SET held_chunks = ?, held_bytes = ? WHERE id = ?", (len(found), held, id))
-
-
-def _record(row: tuple[Any, ...]) -> ImageRecord:
-    id, kind, name, size, chunks, chunk_bytes, held, held_bytes, complete, origin, path, added, used, pinned = row
-    return ImageRecord(
-        CID.from_bytes(id),
-        Kind(kind),
-        name,
-        size,
-        chunks,
-        chunk_bytes,
-        held,
-        held_bytes,
-        bool(complete),
-        Origin(origin),
-        path,
-        added,
-        used,
-        bool(pinned),
-    )
 
 
 def _rows(obj: ImageObject) -> Iterable[tuple[bytes, int, int]]:
