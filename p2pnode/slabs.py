@@ -11,7 +11,7 @@ import threading
 
 SLAB_SIZE = (1 << 20) + (64 << 10) + 1  # one read of a connection, behind the longest beginning of a Noise record
 KEPT = 32  # slabs, for good: what a fetch has under way, not what it keeps for later
-LEAST = SLAB_SIZE // 4  # whatever is smaller would keep a slab for a slice of it
+LEAST = -(-SLAB_SIZE // 4)  # whatever is smaller would keep a slab for a slice of it
 
 _slabs: list[bytearray] = []
 _lock = threading.Lock()
