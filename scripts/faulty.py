@@ -23,6 +23,7 @@ from typing import Any
 import trio
 from swarmlib.content import parse_size
 
+from p2pnode.net.transport import Buffer
 from p2pnode.swarm.exchange import Exchange
 from p2pnode.swarm.session import PeerSession
 from protocols.cid import CID, Codec
@@ -52,23 +53,19 @@ def inject(faults: Faults) -> None:
 
 
 def _lie(faults: Faults) -> None:
-    honest = Exchange._read_block
+    honest = Exchange._send_block
     served = 0
 
-    def read_block(self: Exchange, key: bytes) -> Any:
+    def send_block(self: Exchange, session: PeerSession, key: bytes, payload: Buffer) -> None:
         nonlocal served
-        payload = honest(self, key)
-        if payload is None:
-            return None
         served += len(payload)
         manifest = CID.from_bytes(key).codec is Codec.DAG_CBOR
-        if served <= faults.after or not (faults.lie_manifest if manifest else faults.lie):
-            return payload
-        wrong = bytearray(payload)
-        wrong[len(wrong) // 2] ^= 0x55
-        return bytes(wrong)
+        if served > faults.after and (faults.lie_manifest if manifest else faults.lie):
+            payload = bytearray(payload)
+            payload[len(payload) // 2] ^= 0x55
+        honest(self, session, key, payload)
 
-    Exchange._read_block = read_block  # type: ignore[method-assign]
+    Exchange._send_block = send_block  # type: ignore[method-assign]
 
 
 def _stall(faults: Faults) -> None:
