@@ -58,7 +58,7 @@ class _OpenFile:
             return None
         if (status.st_dev, status.st_ino) != self._identity:
             return None
-        return data, self._stamp is not None and self._stamp.unwritten(status)
+        return data.toreadonly(), self._stamp is not None and self._stamp.unwritten(status)
 
     def close(self) -> None:
         os.close(self._fd)

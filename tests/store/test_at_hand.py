@@ -32,6 +32,13 @@ def test_only_an_open_source_is_at_hand(store: Store) -> None:
     assert at_hand(store, parts) == list(parts.values())
 
 
+def test_nobody_can_write_to_what_is_at_hand(store: Store) -> None:
+    """Else the stream that sends it has to copy it."""
+    parts = landed(store)
+    store.read(next(iter(parts)))
+    assert all(data is not None and data.readonly for data in store.read_at_hand(list(parts)))
+
+
 def test_what_is_not_held_is_not_at_hand_and_keeps_its_place(store: Store) -> None:
     parts = landed(store)
     store.read(next(iter(parts)))
