@@ -313,6 +313,12 @@ class DHTRouter:
         findings: Findings | None = None,
     ) -> None:
         """Call `visit(keys, peers)` for each region of the key space with the K peers nearest to those keys."""
+        keys = list(keys)
+        if findings is None and keys and len(self.table) < K:
+            peers = await self._lookup(self.table.position, (), None)
+            if len(peers) < K:  # that was the whole network: it is one region
+                await visit(keys, peers)
+                return
         entries = sorted((key_position(key), key) for key in keys)
         positions = [position for position, _ in entries]
 
@@ -406,13 +412,19 @@ class DHTRouter:
             placed = [(peer_position(info.peer), info.peer) for info in peers]
             infos.update((info.peer, info) for info in peers)
             replication = self._config.replication
-            everybody = [info.peer for info in peers] if len(peers) <= replication else None
-            for index, key in enumerate(keys):
-                if index % SLICE == 0:
-                    await trio.lowlevel.checkpoint()
-                chosen = everybody or responsible(key_position(key), placed, replication)
-                for peer in self._plan.assign(round_, key, chosen):
-                    share.setdefault(peer, []).append(key)
+            everybody = tuple(info.peer for info in peers) if len(peers) <= replication else None
+            for start in range(0, len(keys), SLICE):
+                await trio.lowlevel.checkpoint()
+                chosen: dict[tuple[str, ...], list[bytes]] = {}
+                if everybody is not None:
+                    chosen[everybody] = keys[start : start + SLICE]
+                else:
+                    for key in keys[start : start + SLICE]:
+                        nearest = tuple(responsible(key_position(key), placed, replication))
+                        chosen.setdefault(nearest, []).append(key)
+                for nearest, its in chosen.items():
+                    for peer, told in self._plan.assign(round_, its, nearest).items():
+                        share.setdefault(peer, []).extend(told)
 
         await self._sweep(round_.keys, divide)
         limiter = trio.CapacityLimiter(TELLERS)

@@ -13,7 +13,8 @@ from dataclasses import dataclass, field
 MAX_ROUND = 20_000  # keys; hashing and sorting them blocks for some 30 ms
 BACKOFF_MIN = 2.0  # seconds until the first retry, doubled for each further one
 BACKOFF_MAX = 300.0
-JOIN_DELAY = 1.0  # peers arrive in groups when a network starts
+JOIN_DELAY = 1.0  # until a new peer is told of keys that too few keep: peers arrive in groups when a network starts
+SPREAD_DELAY = 10.0  # and of keys that all others keep already: whoever comes to fetch has better things to do at first
 
 
 @dataclass(eq=False, slots=True)
@@ -26,7 +27,7 @@ class Round:
     renew_at: float
     attempt: int
     wanted: dict[bytes, int] = field(default_factory=dict)  # responsible peers of each key
-    have: dict[bytes, list[str]] = field(default_factory=dict)  # those that are known to keep its record
+    have: dict[bytes, tuple[str, ...]] = field(default_factory=dict)  # those that are known to keep its record
 
 
 @dataclass(eq=False, slots=True)
@@ -34,7 +35,7 @@ class _Batch:
     keys: list[bytes]
     renew_at: float
     retry_at: float
-    attempt: int
+    attempt: int  # rounds in a row after which too few peers had acknowledged it
     thin: bool  # the network had fewer peers than a key should have copies
 
     @property
@@ -132,29 +133,38 @@ class Plan:
         attempt = max(batch.attempt for batch in retries)
         return self._begin(Round(self._collect(retries), False, now, renew_at, attempt))
 
-    def assign(self, round_: Round, key: bytes, chosen: Sequence[str]) -> list[str]:
-        """`chosen` are responsible for `key`: which of them are to be told."""
-        own = self._keys.get(key)
-        if own is None:
-            return []
-        round_.wanted[key] = len(chosen)
-        if round_.renew or not own.holders:
-            return list(chosen)
-        round_.have[key] = [peer for peer in chosen if peer in own.holders]
-        return [peer for peer in chosen if peer not in own.holders]
+    def assign(self, round_: Round, keys: Iterable[bytes], chosen: Sequence[str]) -> dict[str, list[bytes]]:
+        """`chosen` are responsible for each of `keys`: of which each of them is to be told."""
+        live = [key for key in keys if key in self._keys]
+        round_.wanted.update(dict.fromkeys(live, len(chosen)))
+        if round_.renew:
+            return dict.fromkeys(chosen, live)
+        told: dict[str, list[bytes]] = {}
+        for holders, its in self._by_holders(live).items():
+            round_.have.update(dict.fromkeys(its, tuple(peer for peer in chosen if peer in holders)))
+            for peer in chosen:
+                if peer not in holders:
+                    told.setdefault(peer, []).extend(its)
+        return told
 
     def acknowledged(self, round_: Round, peer: str, keys: Iterable[bytes]) -> list[bytes]:
         """`peer` keeps records of `keys` now. Those withdrawn meanwhile: to be withdrawn there, too."""
         late = []
+        grown: dict[tuple[str, ...], tuple[str, ...]] = {}  # most keys have the same holders: one tuple for them all
+
+        def grow(holders: tuple[str, ...]) -> tuple[str, ...]:
+            if holders not in grown:
+                grown[holders] = holders if peer in holders else (*holders, peer)
+            return grown[holders]
+
         for key in keys:
             own = self._keys.get(key)
             if own is None:
                 late.append(key)
                 continue
-            round_.have.setdefault(key, []).append(peer)
-            if peer not in own.holders:
-                self._unheld -= not own.holders
-                own.holders = (*own.holders, peer)
+            round_.have[key] = grow(round_.have.get(key, ()))
+            self._unheld -= not own.holders
+            own.holders = grow(own.holders)
         return late
 
     def finish(self, round_: Round, now: float, jitter: float) -> None:
@@ -168,11 +178,11 @@ class Plan:
             own = self._keys.get(key)
             if own is None or own.owner is not round_:
                 continue
-            have, wanted = round_.have.get(key, []), round_.wanted.get(key, 0)
+            have, wanted = round_.have.get(key, ()), round_.wanted.get(key, 0)
             if round_.renew:
                 # Who did not answer a renewal is probably gone, and forgets us before the next one anyway.
                 self._unheld += bool(own.holders) - bool(have)
-                own.holders = tuple(have)
+                own.holders = have
             # Neighbouring keys have the same holders: one tuple serves them all.
             own.holders = shared.setdefault(own.holders, own.holders)
             settled = thin if wanted < self._replication else good
@@ -180,7 +190,7 @@ class Plan:
             batch.keys.append(key)
             own.owner = batch
         if self._joined >= round_.started:
-            thin.retry_at = now + JOIN_DELAY
+            thin.retry_at = now + SPREAD_DELAY
         self._batches += [batch for batch in (good, thin, bad) if batch.keys]
 
     def peer_joined(self, now: float) -> bool:
@@ -188,10 +198,17 @@ class Plan:
         self._joined = now
         moved = False
         for batch in self._batches:
-            if batch.thin and batch.retry_at > now + JOIN_DELAY:
-                batch.retry_at = now + JOIN_DELAY
+            delay = JOIN_DELAY if batch.attempt else SPREAD_DELAY
+            if batch.thin and batch.retry_at > now + delay:
+                batch.retry_at = now + delay
                 moved = True
         return moved
+
+    def _by_holders(self, keys: Iterable[bytes]) -> dict[tuple[str, ...], list[bytes]]:
+        groups: dict[tuple[str, ...], list[bytes]] = {}
+        for key in keys:
+            groups.setdefault(self._keys[key].holders, []).append(key)
+        return groups
 
     def _begin(self, round_: Round) -> Round:
         for key in round_.keys:

@@ -3,7 +3,7 @@ import math
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from protocols.announce.plan import BACKOFF_MAX, BACKOFF_MIN, JOIN_DELAY, MAX_ROUND, Plan, Round
+from protocols.announce.plan import BACKOFF_MAX, BACKOFF_MIN, JOIN_DELAY, MAX_ROUND, SPREAD_DELAY, Plan, Round
 from tests.protocols.test_announce_messages import key
 
 TTL = 1800.0
@@ -15,7 +15,7 @@ def play(plan: Plan, now: float, chosen: tuple[str, ...], acking: tuple[str, ...
     round_ = plan.take(now)
     assert round_ is not None
     for each in round_.keys:
-        for peer in plan.assign(round_, each, chosen):
+        for peer in plan.assign(round_, [each], chosen):
             if peer in acking:
                 plan.acknowledged(round_, peer, [each])
     plan.finish(round_, now, 1.0)
@@ -45,7 +45,7 @@ def test_failures_back_off_and_only_those_without_the_record_are_told_again() ->
     assert plan.next_due() == BACKOFF_MIN
     round_ = plan.take(BACKOFF_MIN)
     assert round_ is not None
-    assert plan.assign(round_, key(1), PEERS) == ["b", "c", "d"]
+    assert plan.assign(round_, [key(1)], PEERS) == {"b": [key(1)], "c": [key(1)], "d": [key(1)]}
     plan.acknowledged(round_, "b", [key(1)])
     plan.finish(round_, BACKOFF_MIN, 1.0)
     assert plan.next_due() == TTL / 2  # half of them is enough until then
@@ -71,17 +71,47 @@ def test_a_growing_network_gets_more_copies_soon() -> None:
     assert plan.next_due() == TTL / 2
     assert plan.peer_joined(100)
     assert not plan.peer_joined(100)
-    assert plan.next_due() == 100 + JOIN_DELAY
-    round_ = plan.take(101)
+    assert plan.next_due() == 100 + SPREAD_DELAY
+    round_ = plan.take(110)
     assert round_ is not None
-    assert plan.assign(round_, key(1), ("a", "b")) == ["b"]
+    assert plan.assign(round_, [key(1)], ("a", "b")) == {"b": [key(1)]}
     plan.acknowledged(round_, "b", [key(1)])
-    plan.peer_joined(101.5)  # while the round was under way
-    plan.finish(round_, 102, 1.0)
-    assert plan.next_due() == 102 + JOIN_DELAY
-    play(plan, 103, PEERS, PEERS)
+    plan.peer_joined(110.5)  # while the round was under way
+    plan.finish(round_, 111, 1.0)
+    assert plan.next_due() == 111 + SPREAD_DELAY
+    play(plan, 121, PEERS, PEERS)
     assert plan.next_due() == TTL / 2  # the first record's renewal is not put off
-    assert not plan.peer_joined(104)
+    assert not plan.peer_joined(122)
+
+
+def test_what_nobody_keeps_is_announced_to_a_new_peer_at_once() -> None:
+    plan = Plan(4, TTL)
+    plan.provide([key(1)])
+    for _ in range(4):
+        play(plan, plan.next_due() if plan.next_due() > 0 else 0, (), ())
+    assert plan.next_due() > 20
+    assert plan.peer_joined(15)
+    assert plan.next_due() == 15 + JOIN_DELAY
+
+
+def test_each_peer_is_told_only_what_it_does_not_keep() -> None:
+    plan = Plan(4, TTL)
+    plan.provide([key(1), key(2), key(3)])
+    round_ = plan.take(0)
+    assert round_ is not None
+    assert plan.assign(round_, round_.keys, ("a", "b")) == {peer: [key(1), key(2), key(3)] for peer in "ab"}
+    plan.acknowledged(round_, "a", [key(1), key(2)])
+    plan.acknowledged(round_, "b", [key(1)])
+    plan.finish(round_, 0, 1.0)
+    plan.peer_joined(0)
+    round_ = plan.take(SPREAD_DELAY)
+    assert round_ is not None
+    told = plan.assign(round_, round_.keys, ("a", "b", "c"))
+    assert {peer: set(keys) for peer, keys in told.items()} == {
+        "a": {key(3)},
+        "b": {key(2), key(3)},
+        "c": {key(1), key(2), key(3)},
+    }
 
 
 def test_what_was_withdrawn_during_a_round_is_reported_by_its_acknowledgement() -> None:
@@ -89,8 +119,7 @@ def test_what_was_withdrawn_during_a_round_is_reported_by_its_acknowledgement() 
     plan.provide([key(1), key(2)])
     round_ = plan.take(0)
     assert round_ is not None
-    for each in round_.keys:
-        plan.assign(round_, each, PEERS)
+    plan.assign(round_, round_.keys, PEERS)
     assert plan.withdraw([key(1)]) == {}
     assert plan.acknowledged(round_, "a", [key(1), key(2)]) == [key(1)]
     assert plan.withdraw([key(2)]) == {"a": [key(2)]}
@@ -146,10 +175,12 @@ class PlanMachine(RuleBasedStateMachine):
     @rule(data=st.data())
     def finish(self, data: st.DataObject) -> None:
         round_ = self.rounds.pop(data.draw(st.integers(0, len(self.rounds) - 1)))
-        for each in round_.keys:
-            for peer in self.plan.assign(round_, each, data.draw(st.lists(st.sampled_from(PEERS), unique=True))):
-                if data.draw(st.booleans()):
-                    self.plan.acknowledged(round_, peer, [each])
+        middle = data.draw(st.integers(0, len(round_.keys)))
+        for part in (round_.keys[:middle], round_.keys[middle:]):
+            chosen = data.draw(st.lists(st.sampled_from(PEERS), unique=True))
+            for peer, told in self.plan.assign(round_, part, chosen).items():
+                assert peer in chosen and set(told) <= set(part)
+                self.plan.acknowledged(round_, peer, told[: data.draw(st.integers(0, len(told)))])
         self.plan.finish(round_, self.now, 1.0)
 
     @rule(seconds=st.integers(0, 1000))
