@@ -206,6 +206,7 @@ def test_status_shows_the_gateway(cli: CLI) -> None:
     assert url in human and "3 times: 0 paths found, 1 not" in human
 
 
+@pytest.mark.slow
 def test_status_shows_what_is_mirrored(cli: CLI, disk: Path) -> None:
     image = cli.json("provide", "--no-serve", disk)["image"]
     assert cli.json("status")["mirrors"] == [] and "mirrors" not in cli("status").stdout

@@ -5,11 +5,14 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import pytest
+
 from tests.cli.conftest import CLI
 
 LISTEN = ("--listen", "/ip4/127.0.0.1/tcp/0")
 
 
+@pytest.mark.slow
 def test_through_the_daemon(cli: CLI, disk: Path, tmp_path: Path) -> None:
     cli.started("run", *LISTEN)
     other = CLI(tmp_path / "other")
@@ -40,6 +43,7 @@ def test_through_the_daemon(cli: CLI, disk: Path, tmp_path: Path) -> None:
             process.communicate()
 
 
+@pytest.mark.slow
 def test_without_a_daemon(cli: CLI, tmp_path: Path) -> None:
     dead = "/ip4/127.0.0.1/tcp/1/p2p/12D3KooWHv3vZJhGVfB4U5wti88ozDHZnvRYmr1DNH64egFQcKtD"
     done = cli("--json", "doctor", *LISTEN, "--bootstrap", dead)

@@ -109,6 +109,7 @@ def test_a_service_manager_that_is_gone_stops_nothing(cli: CLI, tmp_path: Path) 
     assert "systemd cannot be told" in stderr
 
 
+@pytest.mark.slow
 def test_commands_go_through_the_daemon(cli: CLI, disk: Path) -> None:
     daemon, running = cli.started("run", *LISTEN)
     provided = cli.json("provide", disk)

@@ -39,6 +39,7 @@ def out(tmp_path: Path) -> Path:
     return folder / "copy"
 
 
+@pytest.mark.slow
 def test_an_image_that_nobody_has(nodes: Nodes, out: Path) -> None:
     other = nodes.daemon("a")
     home = nodes.home("b", bootstrap=other.addrs[:1])
@@ -69,6 +70,7 @@ def test_a_mistyped_id_or_link(nodes: Nodes, out: Path, spec: str) -> None:
     assert list(out.parent.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_a_peer_that_cannot_be_reached(nodes: Nodes, out: Path) -> None:
     with socket.socket() as taken:  # bound but not listening: connections are refused
         taken.bind(("127.0.0.1", 0))
@@ -136,6 +138,7 @@ def test_an_output_that_exists(nodes: Nodes, tmp_path: Path, out: Path) -> None:
     assert difference(original, out) is None
 
 
+@pytest.mark.slow
 @pytest.mark.root
 def test_an_output_on_a_read_only_disk(nodes: Nodes, tmp_path: Path, tmpfs: Callable[[str], Path]) -> None:
     original = tmp_path / "image"
@@ -179,6 +182,7 @@ def test_a_corrupt_catalog(nodes: Nodes, tmp_path: Path) -> None:
     assert_refused(nodes.begin("run", home=home).wait(20), 5, "CatalogCorrupt")
 
 
+@pytest.mark.slow
 def test_corrupt_chunks_are_neither_served_nor_believed(nodes: Nodes, tmp_path: Path, out: Path) -> None:
     original = tmp_path / "image"
     write_random(original, 8 * MIB)

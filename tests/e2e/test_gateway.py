@@ -114,7 +114,7 @@ def meeting_point(nodes: Nodes) -> Iterator[Daemon]:
     yield nodes.daemon("m")
 
 
-@pytest.mark.parametrize("how", ["copy", "realise"])
+@pytest.mark.parametrize("how", ["copy", pytest.param("realise", marks=pytest.mark.slow)])
 def test_nix_installs_a_closure_that_only_another_machine_has(nodes: Nodes, meeting_point: Daemon, how: str) -> None:
     parts = closure(1, 3 << 20, 100, 600_000, 2000)
     publisher = Publisher(nodes, "p", parts, meeting_point)
@@ -133,6 +133,7 @@ def test_nix_installs_a_closure_that_only_another_machine_has(nodes: Nodes, meet
     assert publisher.daemon.run("status").check().json["gateway"] is None
 
 
+@pytest.mark.slow
 def test_nix_takes_a_narinfo_that_names_a_dag(nodes: Nodes, meeting_point: Daemon) -> None:
     """Stock Nix reads the rest of it as ever, and installs the path."""
     parts = closure(6, 2 << 20, 1000)
@@ -155,6 +156,7 @@ def signed(text: str) -> SignedInfo:
     return parse(text).signed
 
 
+@pytest.mark.slow
 def test_an_unsigned_closure_is_refused(nodes: Nodes, meeting_point: Daemon) -> None:
     publisher = Publisher(nodes, "p", closure(2, 1000, 2000), meeting_point, sign=False)
     consumer = Consumer(nodes, "c", meeting_point)
@@ -271,6 +273,7 @@ def misses(host: str, count: int, seed: int) -> list[float]:
     return seconds
 
 
+@pytest.mark.slow
 def test_misses_are_quick(nodes: Nodes, meeting_point: Daemon) -> None:
     consumer = Consumer(nodes, "c", meeting_point)
     host = consumer.url.removeprefix("http://")

@@ -37,6 +37,7 @@ def test_the_daemon_as_it_starts(nodes: Nodes, moment: float) -> None:
     interrupt(command)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("moment", [0.4, 1.5, 3.0])
 def test_a_fetch_without_a_daemon(nodes: Nodes, tmp_path: Path, moment: float) -> None:
     _, _, link = slow_source(nodes, 64 * MIB, "4M")
@@ -46,6 +47,7 @@ def test_a_fetch_without_a_daemon(nodes: Nodes, tmp_path: Path, moment: float) -
     assert not (tmp_path / "copy").exists()
 
 
+@pytest.mark.slow
 def test_a_fetch_in_the_middle_and_through_a_daemon(nodes: Nodes, tmp_path: Path) -> None:
     source, _, link = slow_source(nodes, 64 * MIB, "8M")
     reader = nodes.daemon("b")
@@ -71,6 +73,7 @@ def test_an_import(nodes: Nodes, tmp_path: Path) -> None:
     assert nodes.begin("images", home=home).wait(20).check().stdout == ""
 
 
+@pytest.mark.slow
 def test_an_import_through_a_daemon_which_goes_on(nodes: Nodes, tmp_path: Path) -> None:
     original = tmp_path / "large"
     with original.open("wb") as file:
@@ -94,6 +97,7 @@ def wait_for(condition: bool, node: Daemon, peer: str, seconds: float) -> None:
         time.sleep(0.05)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("busy", [False, True])
 def test_sigterm_to_the_daemon(nodes: Nodes, tmp_path: Path, busy: bool) -> None:
     source, _, link = slow_source(nodes, 64 * MIB, "4M")
@@ -114,6 +118,7 @@ def test_sigterm_to_the_daemon(nodes: Nodes, tmp_path: Path, busy: bool) -> None
         assert "Traceback" not in failed.stderr
 
 
+@pytest.mark.slow
 def test_the_ports_and_locks_of_a_stopped_daemon_are_free_at_once(nodes: Nodes) -> None:
     first = nodes.daemon("a")
     address = first.addrs[0].rpartition("/p2p/")[0]

@@ -116,6 +116,7 @@ def test_a_signed_closure_is_installed_and_served_from_the_store(
     assert middle.run("show", said["image"]).check().json["held_chunks"] == 0
 
 
+@pytest.mark.slow
 def test_what_is_valid_is_not_fetched(source: Daemon, consumer: Consumer, tmp_path: Path) -> None:
     key = key_file(tmp_path, KEY)
     part = source.run("provide", str(LIB), "--sign-key", key).check().json
@@ -216,6 +217,7 @@ def test_a_binary_cache_that_nix_reads(
     assert (again["cache"]["added"], again["cache"]["present"], again["received_bytes"]) == (0, 3, 0)
 
 
+@pytest.mark.slow
 def test_usage(nodes: Nodes, source: Daemon, tmp_path: Path) -> None:
     (tmp_path / "img").write_bytes(b"x" * 1000)
     said = source.run("provide", str(tmp_path / "img")).check().json

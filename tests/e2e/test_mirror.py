@@ -189,6 +189,7 @@ def test_without_a_daemon(nodes: Nodes, tmp_path: Path) -> None:
     assert difference(original, out) is None
 
 
+@pytest.mark.slow
 def test_a_file_that_vanished_on_the_mirror_is_mended(nodes: Nodes, tmp_path: Path) -> None:
     source, mirror = nodes.daemon("a"), nodes.daemon("b", extra={"mirror_interval": 1})
     said = provide(source, tmp_path / "one", 3 * MIB)

@@ -40,6 +40,7 @@ def slow_source(nodes: Nodes, size: int, rate: str = "24M") -> tuple[Daemon, Pat
     return source, original, source.run("provide", str(original)).check().json["link"]
 
 
+@pytest.mark.slow
 def test_kill_9_of_the_fetcher_at_half(nodes: Nodes, tmp_path: Path) -> None:
     source, original, link = slow_source(nodes, SIZE)
     home = nodes.home("b")
@@ -84,6 +85,7 @@ def test_kill_9_at_half_of_a_gigabyte(nodes: Nodes, tmp_path: Path) -> None:
     assert difference(original, tmp_path / "copy") is None
 
 
+@pytest.mark.slow
 @pytest.mark.root
 def test_too_small_a_disk_is_noticed_before_anything_is_fetched(
     nodes: Nodes, tmp_path: Path, tmpfs: Callable[[str], Path]

@@ -148,6 +148,7 @@ def test_without_output_it_stays_in_the_store_and_is_served_from_there(nodes: No
     assert difference(original, tmp_path / "copy") is None
 
 
+@pytest.mark.slow
 def test_a_new_version_transfers_only_what_is_new(nodes: Nodes, tmp_path: Path) -> None:
     old, new = tmp_path / "v1", tmp_path / "v2"
     write_random(old, 32 * MIB)

@@ -101,6 +101,7 @@ async def connected(port: int, count: int, data: bytes) -> AsyncIterator[None]:
         resource.setrlimit(resource.RLIMIT_NOFILE, limit)
 
 
+@pytest.mark.slow
 async def test_hundreds_of_slow_readers_take_neither_the_memory_nor_the_place_of_others(
     world: World, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -33,6 +33,7 @@ class Ragged:
         return self._stream.readinto(view[: self._random.randint(1, len(view))])
 
 
+@pytest.mark.slow
 @given(
     seed=st.integers(0, 2**32),
     size=st.integers(0, 7_000),  # a window of one byte makes as many jobs

@@ -216,6 +216,7 @@ async def test_who_provides_before_knowing_anybody_is_found_later(autojump_clock
         assert who(await net.nodes[9].find([key(1)]), key(1)) == {"node0"}
 
 
+@pytest.mark.slow
 async def test_sixty_nodes_share_the_keys(autojump_clock: MockClock) -> None:
     async with swarm(60) as net:
         keys = [key(number) for number in range(600)]

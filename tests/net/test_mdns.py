@@ -89,6 +89,7 @@ async def test_nodes_of_one_cluster_find_each_other_and_leave_cleanly() -> None:
     assert threading.active_count() <= threads + 10  # trio keeps idle worker threads for a while
 
 
+@pytest.mark.slow
 async def test_hostile_services_do_not_hide_an_honest_one() -> None:
     me, honest = (Identity.generate().peer_id for _ in range(2))
     with trio.fail_after(30):

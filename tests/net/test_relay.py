@@ -471,6 +471,7 @@ async def test_idle_circuits_make_room() -> None:
             await held[0].read(1)
 
 
+@pytest.mark.slow
 async def test_1000_reservation_requests_leave_the_others_served() -> None:
     async with triangle() as (source, target, relay, relaying), node(listen=None) as pest:
         await pest.connect(relay.peer_id, relay.addrs())

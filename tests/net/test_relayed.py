@@ -76,6 +76,7 @@ async def test_a_private_node_is_reached_through_its_relay_and_the_relay_only() 
         assert r.traversal.status()["serving"]["circuits"] == 1
 
 
+@pytest.mark.slow
 async def test_a_direct_connection_takes_over_and_the_relayed_one_goes() -> None:
     async with (
         node(reachability=Wanted.PUBLIC, serve=RelayLimits()) as r,
@@ -199,6 +200,7 @@ async def test_a_relay_that_is_gone_is_named() -> None:
             await a.connect(peer, [f"/ip4/127.0.0.1/tcp/1/p2p/{relay_id}/p2p-circuit"])
 
 
+@pytest.mark.slow
 async def test_after_sleep_dead_connections_go_and_the_living_stay(caplog: pytest.LogCaptureFixture) -> None:
     async with node() as a, node() as b, node() as c:
         await a.connect(b.peer_id, b.addrs())

@@ -138,6 +138,7 @@ class Net:
         return sorted(alive, key=lambda peer: peer_position(peer) ^ target)[:K]
 
 
+@pytest.mark.slow
 def test_look_ups_among_200_nodes_find_the_nearest_20() -> None:
     net = Net(200, seed=7)
     exact = 0
@@ -152,6 +153,7 @@ def test_look_ups_among_200_nodes_find_the_nearest_20() -> None:
     assert exact >= 95
 
 
+@pytest.mark.slow
 def test_two_nodes_agree_on_who_keeps_a_key_right_after_a_third_has_died() -> None:
     net = Net(200, seed=8)
     net.dead = set(net.random.sample(list(net.tables), 66))

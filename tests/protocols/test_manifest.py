@@ -227,6 +227,7 @@ def test_one_big_leaf_linked_often_does_not_unfold() -> None:
         assemble(put(top(objects=..., tree=[[tree, 60]] * 4096), blocks), blocks)
 
 
+@pytest.mark.slow
 def test_many_objects_of_one_big_layout_stop_at_the_limit() -> None:
     blocks: dict[CID, bytes] = {}
     chunks = put({"chunks": [CHUNK] * 4096}, blocks)

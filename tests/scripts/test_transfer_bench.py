@@ -130,6 +130,7 @@ def test_a_small_transfer(short_path: Path, tmp_path: Path) -> None:
     assert list(short_path.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_an_interrupt_leaves_neither_processes_nor_files(tmp_path: Path) -> None:
     args = [sys.executable, str(TRANSFER), "--only", "stock", "--size", "192M", "--tmp", str(tmp_path)]
     bench = subprocess.Popen(args, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)

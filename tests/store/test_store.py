@@ -299,6 +299,7 @@ for number, (digest, data) in enumerate(parts.items()):
 """
 
 
+@pytest.mark.slow
 def test_kill_loses_at_most_what_was_not_committed(tmp_path: Path) -> None:
     command = [sys.executable, "-c", KILLED, str(tmp_path / "home"), str(tmp_path / "out")]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
