@@ -112,6 +112,7 @@ class Node:
             known = await trio.to_thread.run_sync(trust_policy.known_keys, config.trusted_public_keys)
             finder = partial(find_providers, router, book)
             exchange = Exchange(network, store, finder, agent=AGENT, keys=known)
+            router.busy_until = exchange.busy_until
             node = cls(config, store, network, router, exchange)
             NarinfoServer(network, node._records)
             CatalogServer(network, store, publish=config.publish)

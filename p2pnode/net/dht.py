@@ -8,6 +8,7 @@ gets all its keys over one stream; and every announcement is acknowledged, or ma
 from __future__ import annotations
 
 import logging
+import math
 import random
 import secrets
 from collections import OrderedDict
@@ -63,6 +64,7 @@ PASSES = 4  # at once: a slow peer must not hold up the next keys
 REFRESH = 600.0  # seconds; libp2p's kad-dht refreshes as often
 STALE = 300.0  # a peer not heard of for so long is pinged
 TICK = 30.0
+PATIENCE = 30.0  # for which look-ups and announcements that can wait give way to chunks that move through this node
 REFUSALS = 5  # how often one peer may put off one frame
 CLOSE_TIME = 2.0
 SLICE = 512  # keys divided among peers between two checkpoints: some 3 ms
@@ -113,10 +115,11 @@ class DHTRouter:
         self._mute: OrderedDict[str, tuple[float, float]] = OrderedDict()  # until when, and for how long
         self._changed = trio.Event()  # the plan has something to announce earlier than thought
         self._withdrawn = trio.Event()
-        self._arrived = trio.Event()  # somebody to greet, or somebody new in the table
-        self._news = False  # the table has grown since we last looked ourselves up
+        self._arrived = trio.Event()  # somebody to greet
+        self._grown = trio.Event()  # somebody new in the table
         self._scope: trio.CancelScope | None = None
         self._last_error: str | None = None
+        self.busy_until: Callable[[], float] = lambda: -math.inf  # when the node will be quiet if nothing more moves
         transport.handle(PROTOCOL, self._serve)
         transport.on_connect(self.add_peer)
 
@@ -167,7 +170,7 @@ class DHTRouter:
         """Announce, renew, withdraw, refresh and expire until cancelled or `close`d."""
         with trio.CancelScope() as self._scope:
             async with trio.open_nursery() as nursery:
-                for task in (self._greeting, self._announcing, self._withdrawing, self._upkeep):
+                for task in (self._greeting, self._looking, self._announcing, self._withdrawing, self._upkeep):
                     nursery.start_soon(task)
                 task_status.started()
 
@@ -242,8 +245,7 @@ class DHTRouter:
         self._greet.pop(info.peer, None)
         self._mute.pop(info.peer, None)
         if self.table.seen(info, trio.current_time()):
-            self._news = True
-            self._arrived.set()
+            self._grown.set()
             if self._plan.peer_joined(trio.current_time()):
                 self._changed.set()
 
@@ -387,14 +389,24 @@ class DHTRouter:
         async with trio.open_nursery() as nursery:
             while True:
                 self._changed = trio.Event()
-                with trio.move_on_at(self._plan.next_due()):
+                with trio.move_on_at(self._next_round()):
                     await self._changed.wait()
                 if self._plan.fresh:
                     await trio.sleep(COALESCE)
+                elif trio.current_time() < self._next_round():
+                    continue
                 round_ = self._plan.take(trio.current_time())
                 if round_ is not None:
                     await limiter.acquire_on_behalf_of(round_)
                     nursery.start_soon(self._pass, round_, limiter)
+
+    def _next_round(self) -> float:
+        due = self._plan.next_due()
+        return due if self._plan.fresh else self._when_quiet(due)
+
+    def _when_quiet(self, due: float) -> float:
+        """When to do what is due at `due` and can wait."""
+        return max(due, min(self.busy_until(), due + PATIENCE))
 
     async def _pass(self, round_: Round, limiter: trio.CapacityLimiter) -> None:
         try:
@@ -515,9 +527,17 @@ class DHTRouter:
             await trio.sleep(COALESCE)
             self._arrived = trio.Event()
             await self._greet_all()
-            if self._news and len(self.table) <= K:
-                # A small network is known whole at once; in a large one the refreshes suffice.
-                self._news = False
+
+    async def _looking(self) -> None:
+        """Learn the whole of a small network as it grows; in a large one the refreshes suffice."""
+        while True:
+            await self._grown.wait()
+            await trio.sleep(COALESCE)
+            due = trio.current_time()
+            while (at := self._when_quiet(due)) > trio.current_time():
+                await trio.sleep_until(at)
+            self._grown = trio.Event()
+            if len(self.table) <= K:
                 await self._lookup(self.table.position, (), None)
 
     async def _greet_all(self) -> None:

@@ -12,7 +12,6 @@ import random
 from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
 
 import trio
 
@@ -25,6 +24,7 @@ from p2pnode.swarm.download import Download, Sink
 from p2pnode.swarm.holdings import Holdings
 from p2pnode.swarm.records import RecordBook
 from p2pnode.swarm.session import PeerSession
+from p2pnode.swarm.traffic import PeerTraffic, Traffic
 from protocols.cid import CID, Codec
 from protocols.exchange import PROTOCOL_ID
 from protocols.exchange import events as ev
@@ -48,15 +48,6 @@ REJOIN_DELAYS = (0.0, 0.5, 1.0, 2.0, 4.0)  # s; whoever stays away longer is fou
 MAX_AVAILABILITIES = 64  # per image and session; it is sent once, and again when the provider loses something
 
 Finder = Callable[[CID, Sequence[bytes]], Awaitable[dict[str, list[bytes]]]]
-
-
-@dataclass(frozen=True, slots=True)
-class PeerTraffic:
-    """Block bytes exchanged with a peer since the node started, and what it waits for."""
-
-    received: int
-    sent: int
-    waiting: int
 
 
 def manifest_id(root: CID) -> bytes:
@@ -89,8 +80,8 @@ class Exchange:
         self._answers: dict[tuple[CID, str], bool] = {}
         self.availability_callbacks: list[Callable[[str, m.Availability], None]] = []
         self._repeats: dict[tuple[CID, str], int] = {}
-        self._received: dict[str, int] = {}
-        self._sent: dict[str, int] = {}
+        self._traffic = Traffic()
+        self.busy_until = self._traffic.busy_until
         self._timer_changed = trio.Event()
         self._to_read: deque[tuple[PeerSession, bytes]] = deque()  # what to send to whom, once the disk has given it
         self._some_to_read = trio.Event()
@@ -379,6 +370,7 @@ class Exchange:
             self._release(root)
             return
         session.following[root] = None
+        self._traffic.expected()
         if not await self._tell(session, root):
             self._unfollow(session)
 
@@ -433,7 +425,7 @@ class Exchange:
                     self._fail(download, exc)
                 continue
             size = sum(block.size for block in batch)
-            self._received[peer] = self._received.get(peer, 0) + size
+            self._traffic.received(peer, size)
             if session.relayed:
                 download.relayed[peer] = download.relayed.get(peer, 0) + size
             good = [block.id for block, verdict in zip(batch, verdicts, strict=True) if verdict]
@@ -548,6 +540,7 @@ class Exchange:
         if id in self._downloads:
             raise RuntimeError("this download runs already")
         self._downloads[id] = download
+        self._traffic.expected()
         try:
             for session in self._sessions.values():
                 session.send(m.Interest(root))
@@ -618,7 +611,7 @@ class Exchange:
         await self._progressed.wait()
 
     def traffic(self, peer: str) -> PeerTraffic:
-        return PeerTraffic(self._received.get(peer, 0), self._sent.get(peer, 0), self._uploads.waiting(peer))
+        return self._traffic.of(peer, self._uploads.waiting(peer))
 
     @property
     def bans(self) -> dict[str, float]:
@@ -629,7 +622,7 @@ class Exchange:
     # Uploads
 
     def _on_sent(self, session: PeerSession, size: int) -> None:
-        self._sent[session.peer] = self._sent.get(session.peer, 0) + size
+        self._traffic.sent(session.peer, size)
         if self._sessions.get(session.peer) is session or session in self._retired:
             self._uploads.sent(session.peer, size)  # an earlier session's account was closed with it
             self._fill_uploads()

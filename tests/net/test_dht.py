@@ -8,7 +8,7 @@ import pytest
 import trio
 from trio.testing import MockClock
 
-from p2pnode.net.dht import DHTConfig, DHTRouter
+from p2pnode.net.dht import PATIENCE, DHTConfig, DHTRouter
 from p2pnode.net.memory import MemoryFabric, MemoryNetwork
 from p2pnode.net.transport import Buffer, Stream
 from tests.protocols.test_announce_messages import key
@@ -237,6 +237,42 @@ async def test_bootstrap_fills_the_table_of_a_node_that_does_not_run_yet(autojum
         await transport.connect("node4")
         await late.bootstrap()
         assert late.stats().peers == 15
+
+
+async def test_what_can_wait_gives_way_to_chunks_but_not_for_ever(autojump_clock: MockClock) -> None:
+    async with swarm(1) as net:
+        (lone,) = net.nodes
+        lone.provide([key(1)])
+        await trio.sleep(SETTLE)
+        began = trio.current_time()
+        lone.busy_until = lambda: trio.current_time() + 1
+        await net.join()
+        await trio.sleep(1)
+        lone.provide([key(2)])  # what is new is announced all the same
+        await trio.sleep(SETTLE)
+        assert (net.holders(key(1)), net.holders(key(2))) == (set(), {1})
+        await trio.sleep(PATIENCE - 2 * SETTLE)
+        assert net.holders(key(1)) == set()
+        await trio.sleep(2 * SETTLE)
+        assert net.holders(key(1)) == {1}
+        assert trio.current_time() - began < PATIENCE + 3 * SETTLE
+
+
+async def test_a_quiet_node_announces_what_has_waited_and_knows_the_network(autojump_clock: MockClock) -> None:
+    async with swarm(4) as net, trio.open_nursery() as nursery:
+        transport = net.fabric.node("alone")
+        lone = DHTRouter(transport)
+        await nursery.start(lone.run)
+        lone.provide([key(1)])
+        await trio.sleep(SETTLE)
+        quiet = trio.current_time() + 8
+        lone.busy_until = lambda: quiet
+        await net.nets[2].connect("alone")
+        await trio.sleep(SETTLE)
+        assert lone.stats().peers == 1 and lone.stats().pending == 1
+        await trio.sleep(2 * SETTLE)
+        assert lone.stats().peers == 4 and lone.stats().pending == 0
+        nursery.cancel_scope.cancel()
 
 
 async def test_peers_that_do_not_speak_the_protocol_stay_out_of_the_table(autojump_clock: MockClock) -> None:

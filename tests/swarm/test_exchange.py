@@ -15,6 +15,7 @@ from p2pnode.errors import NotFound, PeerUnreachable
 from p2pnode.net.transport import Stream
 from p2pnode.swarm.fetcher import Fetched
 from p2pnode.swarm.holdings import chunk_key
+from p2pnode.swarm.traffic import QUIET
 from protocols.cid import CID, Codec
 from protocols.exchange import PROTOCOL_ID
 from protocols.exchange import messages as m
@@ -30,6 +31,17 @@ async def test_a_file_goes_from_one_node_to_another(world: World, tmp_path: Path
     assert fetched.sources.keys() == {"seed"}
     assert (5 << 20) <= fetched.received_bytes < (5 << 20) + 10_000
     assert fetched.duplicate_bytes == 0
+
+
+async def test_both_ends_of_a_fetch_are_busy_until_soon_after_it(world: World, tmp_path: Path) -> None:
+    seed, leech, third = [await world.peer(name) for name in ("seed", "leech", "third")]
+    (tmp_path / "a.img").write_bytes(content(1 << 20))
+    image = seed.provide(tmp_path / "a.img")
+    began = trio.current_time()
+    await leech.fetch(image.id, out=tmp_path / "out.img")
+    for peer in (seed, leech):
+        assert began < peer.exchange.busy_until() <= trio.current_time() + QUIET
+    assert third.exchange.busy_until() < began
 
 
 async def test_an_empty_file_and_an_empty_directory(world: World, tmp_path: Path) -> None:
