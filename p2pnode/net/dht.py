@@ -3,6 +3,7 @@
 Kademlia over any `Transport`, with its own protocol (protocols/announce). Two things differ from the textbook: keys
 are announced in sweeps over the key space, so that neighbouring keys share one look-up and every responsible peer
 gets all its keys over one stream; and every announcement is acknowledged, or made again.
+What is not urgent, such as copies for a peer that has just come, gives way to chunks that move (`busy_until`).
 """
 
 from __future__ import annotations
@@ -401,6 +402,7 @@ class DHTRouter:
                     nursery.start_soon(self._pass, round_, limiter)
 
     def _next_round(self) -> float:
+        """When to announce next: new keys at once, whatever moves."""
         due = self._plan.next_due()
         return due if self._plan.fresh else self._when_quiet(due)
 

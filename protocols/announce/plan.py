@@ -134,7 +134,7 @@ class Plan:
         return self._begin(Round(self._collect(retries), False, now, renew_at, attempt))
 
     def assign(self, round_: Round, keys: Iterable[bytes], chosen: Sequence[str]) -> dict[str, list[bytes]]:
-        """`chosen` are responsible for each of `keys`: of which each of them is to be told."""
+        """`chosen` are responsible for each of `keys`: of which each of them is to be told. Peers may share a list."""
         live = [key for key in keys if key in self._keys]
         round_.wanted.update(dict.fromkeys(live, len(chosen)))
         if round_.renew:
