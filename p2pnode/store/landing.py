@@ -10,7 +10,8 @@ import errno
 import fcntl
 import os
 import threading
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from operator import itemgetter
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
     from p2pnode.store.store import Store
 
 IOV_MAX = 1024  # limits.h: buffers of one pwritev
+RUN_BYTES = 8 << 20  # and about so much of data
 
 _FLAGS = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
 
@@ -128,20 +130,16 @@ class Landing:
         """Verify and write chunks, each a digest and its data in pieces. Raises as `accept` does; then none of them
         counts as held."""
         good = [self._is_chunk(digest, pieces) for digest, pieces in chunks]
-        rows = []
-        size = 0
+        kept = [chunk for ok, chunk in zip(good, chunks, strict=True) if ok]
+        rows = [(digest, self._source, self._places[digest][0], self._sizes[digest]) for digest, _ in kept]
         with self._lock:
             if self._fd < 0:
                 raise StoreError(f"{self.path} was closed before everything had arrived")
-            for ok, (digest, pieces) in zip(good, chunks, strict=True):
-                if ok:
-                    self._write(digest, pieces)
-                    rows.append((digest, self._source, self._places[digest][0], self._sizes[digest]))
-                    size += self._sizes[digest]
-            if rows:
-                self._catalog.defer(rows, size)
-                self._behind.wrote(self._fd, [(self._places[digest][0], length) for digest, _, _, length in rows])
-                self._written.update(row[0] for row in rows)
+            if kept:
+                self._write(kept)
+                self._catalog.defer(rows, sum(length for _, _, _, length in rows))
+                self._behind.wrote(self._fd, [(place, length) for _, _, place, length in rows])
+                self._written.update(digest for digest, _ in kept)
         return good
 
     def _is_chunk(self, digest: bytes, pieces: Sequence[Buffer]) -> bool:
@@ -152,16 +150,23 @@ class Landing:
             hasher.update(piece)
         return hasher.digest() == digest
 
-    def _write(self, digest: bytes, pieces: Sequence[Buffer]) -> None:
-        zeros = not any(memoryview(pieces[0])[:4096]) and all(bytes(piece).count(0) == len(piece) for piece in pieces)
+    def _write(self, chunks: Iterable[tuple[bytes, Sequence[Buffer]]]) -> None:
         try:
-            for place in self._places[digest]:
-                if zeros and self._is_hole(place, self._sizes[digest]):
-                    continue
-                for start in range(0, len(pieces), IOV_MAX):
-                    place += _write_all(self._fd, pieces[start : start + IOV_MAX], place)
+            for place, pieces in _runs(self._parts(chunks)):
+                _write_all(self._fd, pieces, place)
         except OSError as error:
             raise write_failure(self.path, error) from error
+
+    def _parts(self, chunks: Iterable[tuple[bytes, Sequence[Buffer]]]) -> list[tuple[int, Sequence[Buffer]]]:
+        """What is to be written, and where, in the order of the file."""
+        parts: list[tuple[int, Sequence[Buffer]]] = []
+        for digest, pieces in chunks:
+            places = self._places[digest]
+            if not any(memoryview(pieces[0])[:4096]) and all(bytes(piece).count(0) == len(piece) for piece in pieces):
+                places = [place for place in places if not self._is_hole(place, self._sizes[digest])]
+            parts += ((place, pieces) for place in places)
+        parts.sort(key=itemgetter(0))
+        return parts
 
     def _is_hole(self, offset: int, length: int) -> bool:
         """Whether zeros need not be written there. (Damaged bytes may stand where a chunk is fetched again.)"""
@@ -258,12 +263,28 @@ class Landing:
         return not self._catalog.query("SELECT 1 FROM chunks WHERE source = ? LIMIT 1", self._source)
 
 
-def _write_all(fd: int, pieces: Sequence[Buffer], place: int) -> int:
-    """Write up to IOV_MAX pieces one after the other; bytes written."""
+def _runs(parts: Iterable[tuple[int, Sequence[Buffer]]]) -> Iterator[tuple[int, list[Buffer]]]:
+    """Ascending parts of a file, those in one that follow each other: chunks do not end where pages do, and a page, or
+    a large folio of them, is best filled at once. Bounded: some chunks have thousands of places in a row."""
+    run: list[Buffer] = []
+    start = end = 0
+    for place, pieces in parts:
+        for piece in pieces:
+            if place != end or len(run) == IOV_MAX or end - start >= RUN_BYTES:
+                if run:
+                    yield start, run
+                run, start = [], place
+            run.append(piece)
+            place = end = place + len(piece)
+    if run:
+        yield start, run
+
+
+def _write_all(fd: int, pieces: Sequence[Buffer], place: int) -> None:
+    """Write up to IOV_MAX pieces one after the other."""
     size = sum(map(len, pieces))
     written = os.pwritev(fd, pieces, place)
     if written < size:  # rare enough to copy
         rest = memoryview(b"".join(pieces))
         while written < size:
             written += os.pwrite(fd, rest[written:], place + written)
-    return size

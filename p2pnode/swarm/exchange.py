@@ -20,8 +20,9 @@ from p2pnode.errors import NodeError, PeerUnreachable, RemoteError, StoreError, 
 from p2pnode.net.transport import Buffer, Stream, Transport
 from p2pnode.nix.trust import TrustedKeys
 from p2pnode.store import Store
-from p2pnode.swarm.download import Download, Sink
+from p2pnode.swarm.download import Download
 from p2pnode.swarm.holdings import Holdings
+from p2pnode.swarm.intake import Intake, Sink
 from p2pnode.swarm.records import RecordBook
 from p2pnode.swarm.session import PeerSession
 from p2pnode.swarm.traffic import PeerTraffic, Traffic
@@ -399,7 +400,7 @@ class Exchange:
                     session.send(news)
 
     async def _on_blocks(self, session: PeerSession, blocks: list[m.Block]) -> None:
-        """Check and keep blocks, in one worker-thread call for each download they belong to."""
+        """Check and keep blocks; each goes to the download it belongs to."""
         peer = session.peer
         batches: dict[bytes, list[m.Block]] = {}
         seen: set[bytes] = set()
@@ -419,7 +420,7 @@ class Exchange:
             if download is None:
                 continue
             try:
-                verdicts = await trio.to_thread.run_sync(download.accept, batch)
+                verdicts = await download.intake.accept(batch)
             except NodeError as exc:
                 if self._downloads.get(id) is download:
                     self._fail(download, exc)
@@ -536,7 +537,7 @@ class Exchange:
     ) -> AsyncIterator[Download]:
         """Download blocks while the context is open; `Download.wait` returns when all are here."""
         limits = dict(zip(keys, sizes, strict=True)) if id != manifest_id(root) else dict.fromkeys(keys, MAX_BLOCK)
-        download = Download(id, root, limits, sink, on_arrival)
+        download = Download(id, root, limits, Intake(sink, limits), on_arrival)
         if id in self._downloads:
             raise RuntimeError("this download runs already")
         self._downloads[id] = download

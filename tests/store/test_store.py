@@ -43,6 +43,35 @@ def test_landing_refuses_lies_and_serves_the_rest_at_once(store: Store) -> None:
     landing.close()
 
 
+@pytest.mark.parametrize("most", [10**9, 3 * CHUNK])
+def test_chunks_that_follow_each_other_are_written_in_one(
+    store: Store, monkeypatch: pytest.MonkeyPatch, most: int
+) -> None:
+    image, blocks, chunks, data = sample_file(1, 40)
+    add(store, image, blocks)
+    digests = list(chunks)
+    landing = store.landing(image)
+    writes: list[tuple[int, int]] = []
+    pwritev = os.pwritev
+
+    def noted(fd: int, pieces: list[memoryview], place: int) -> int:
+        writes.append((place // CHUNK, sum(map(len, pieces)) // CHUNK))
+        return pwritev(fd, pieces, place)
+
+    monkeypatch.setattr(os, "pwritev", noted)
+    monkeypatch.setattr("p2pnode.store.landing.RUN_BYTES", most)
+    come = [8, 2, 3, 30, 4, 9, 5, 6, 20, 7]
+    halves = [(digests[n], [chunks[digests[n]][:1000], chunks[digests[n]][1000:]]) for n in come]
+    lie = (digests[21], [memoryview(bytes(CHUNK))])
+    assert landing.accept_many([*halves, lie]) == [True] * len(come) + [False]
+    if most > len(data):
+        assert writes == [(2, 8), (20, 1), (30, 1)]
+    else:
+        assert writes == [(2, 3), (5, 3), (8, 2), (20, 1), (30, 1)]
+    assert all(landing.read(digests[number]) == chunks[digests[number]] for number in come)
+    landing.close()
+
+
 def test_a_landing_gives_back_what_was_written_to_it_as_long_as_it_is_good(store: Store) -> None:
     image, blocks, chunks, _ = sample_file(1, 4)
     add(store, image, blocks)
