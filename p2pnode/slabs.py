@@ -6,6 +6,7 @@ was used a moment ago is still in the processor's caches.
 
 from __future__ import annotations
 
+import mmap
 import sys
 import threading
 
@@ -13,16 +14,16 @@ SLAB_SIZE = (1 << 20) + (64 << 10) + 1  # one read of a connection, behind the l
 KEPT = 32  # slabs, for good: what a fetch has under way, not what it keeps for later
 LEAST = -(-SLAB_SIZE // 4)  # whatever is smaller would keep a slab for a slice of it
 
-_slabs: list[bytearray] = []
+_slabs: list[mmap.mmap] = []
 _lock = threading.Lock()
 
 
-def _references(slabs: list[bytearray], index: int) -> int:
+def _references(slabs: list[mmap.mmap], index: int) -> int:
     return sys.getrefcount(slabs[index])
 
 
 # Every slice of a slab has a reference to it. How many are not those of slices depends on the interpreter.
-_UNUSED = _references([bytearray()], 0)
+_UNUSED = _references([mmap.mmap(-1, 1)], 0)
 
 
 def take(size: int) -> memoryview:
@@ -35,7 +36,7 @@ def take(size: int) -> memoryview:
         for index in range(len(_slabs) - 1, -1, -1):  # the last is in the caches
             if _references(_slabs, index) == _UNUSED:
                 return memoryview(_slabs[index])[:size]
-        slab = bytearray(SLAB_SIZE)
+        slab = mmap.mmap(-1, SLAB_SIZE)  # pages that nothing is written to cost nothing; a bytearray is filled first
         if len(_slabs) < KEPT:
             _slabs.append(slab)
         return memoryview(slab)[:size]
