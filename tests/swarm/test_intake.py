@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Sequence
 
+import pytest
 import trio
 import zstandard
 from trio.testing import wait_all_tasks_blocked
@@ -116,11 +117,12 @@ async def test_a_cancelled_session_leaves_nothing_and_holds_nobody_up() -> None:
     assert (first, last) == ([[True]], [[True]])
 
 
-async def test_a_call_is_bounded() -> None:
-    size = CALL_BYTES // 4  # as they say of themselves: it is the sink that compares
+@pytest.mark.parametrize("said", [0, 1 << 40])
+async def test_a_call_is_bounded_whatever_peers_say_of_their_blocks(said: int) -> None:
+    payload = bytes(CALL_BYTES // 4)
     sink = GatedSink()
     async with trio.open_nursery() as nursery:
-        blocks = [[raw(bytes([number]), size=size)] for number in range(12)]
+        blocks = [[raw(bytes([number]), payload, size=said)] for number in range(12)]
         told = await bring(nursery, Intake(sink, {}), sink, *blocks)
         sink.go.set()
     assert told == [[True]] * 12
