@@ -1,7 +1,8 @@
 """Canonical DAG-CBOR (https://ipld.io/specs/codecs/dag-cbor/spec/), the subset this project uses.
 
 Values: None, bool, int (64 bit), bytes, str, list, dict with str keys, and `CID` (tag 42). No floats: nothing here
-needs them, and their canonical form is a trap for second implementations.
+needs them, and their canonical form is a trap for second implementations. A list of one or more pairs of a raw CID and
+an int below 2^32 is decoded as one `ChunkList`.
 
 Encoding is cbor2's. Decoding is ours, because it must refuse what a general decoder takes: longer forms than
 needed, map keys out of order or repeated, indefinite lengths, every tag but 42 (cbor2 would build bignums, dates,
@@ -15,6 +16,8 @@ from typing import Any
 
 import cbor2
 
+from protocols import chunk_list
+from protocols.chunk_list import ChunkList
 from protocols.cid import CID
 from protocols.errors import CIDError, DecodeError
 
@@ -22,7 +25,10 @@ MAX_DEPTH = 12  # the deepest value of ours is 6 levels; a stack overflow would 
 _SIMPLE = {0xF4: False, 0xF5: True, 0xF6: None}
 
 
-def _encode_cid(encoder: cbor2.CBOREncoder, value: Any) -> None:
+def _encode_ours(encoder: cbor2.CBOREncoder, value: Any) -> None:
+    if isinstance(value, ChunkList):
+        encoder.write(value.encode())
+        return
     if not isinstance(value, CID):
         raise TypeError(f"cannot encode {type(value).__name__} as DAG-CBOR")
     # The identity multibase prefix 0x00 is part of tag 42 in DAG-CBOR.
@@ -32,7 +38,7 @@ def _encode_cid(encoder: cbor2.CBOREncoder, value: Any) -> None:
 def encode(value: Any) -> bytes:
     """The canonical DAG-CBOR bytes of `value`; map keys are sorted by length, then bytewise."""
     buffer = BytesIO()
-    cbor2.CBOREncoder(buffer, canonical=True, default=_encode_cid).encode(value)
+    cbor2.CBOREncoder(buffer, canonical=True, default=_encode_ours).encode(value)
     return buffer.getvalue()
 
 
@@ -90,6 +96,8 @@ def _item(data: bytes, at: int, depth: int) -> tuple[Any, int]:
     if major == 4:
         if argument > len(data) - at:
             raise DecodeError("CBOR list longer than its block")
+        if (chunks := chunk_list.scan(data, at, argument)) is not None:
+            return chunks
         items = []
         for _ in range(argument):
             value, at = _item(data, at, depth + 1)

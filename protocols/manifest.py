@@ -13,11 +13,14 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import pairwise
-from typing import Any
+from typing import Any, TypeVar
 
 from protocols import dagcbor
+from protocols.chunk_list import ChunkList
 from protocols.cid import CID, DIGEST_SIZE, Codec
 from protocols.errors import DecodeError, ManifestError
+
+Leaf = TypeVar("Leaf", list[Any], ChunkList)
 
 FORMAT_VERSION = 1
 MAX_BLOCK = 1 << 20  # kubo refuses blocks over 2 MiB; half of it leaves room for envelopes
@@ -103,9 +106,11 @@ class Layout:
         return sum(self.sizes)
 
     def check(self) -> None:
-        last = len(self.sizes) - 1
-        for i, size in enumerate(self.sizes):
-            self.chunking.check_size(size, last=i == last)
+        """Raises ManifestError for sizes that cannot come from the chunking."""
+        if self.sizes:
+            self.chunking.check_size(self.sizes[-1], last=True)
+        for size in set(self.sizes[:-1]):
+            self.chunking.check_size(size, last=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -171,6 +176,10 @@ def encode_image(kind: Kind, attributes: Mapping[str, Any], objects: Sequence[Im
     """The blocks of an image. Objects must be in order of path. Raises `ManifestError` if it breaks a limit."""
     _check_objects(objects)
     _check_attributes(attributes, len(objects))
+    return _encode(kind, attributes, objects)
+
+
+def _encode(kind: Kind, attributes: Mapping[str, Any], objects: Sequence[ImageObject]) -> EncodedImage:
     blocks: dict[CID, bytes] = {}
     values = [_object_value(obj, blocks) for obj in objects]
     top: dict[str, Any] = {"v": FORMAT_VERSION, "kind": str(kind), "attrs": dict(attributes)}
@@ -202,14 +211,14 @@ def encode_layout(layout: Layout) -> EncodedLayout:
 
 
 def _put_layout(layout: Layout, blocks: dict[CID, bytes]) -> CID:
-    pairs = _pairs(layout)
-    leaves = [pairs[i : i + LEAF_CHUNKS] for i in range(0, len(pairs), LEAF_CHUNKS)]
+    count = len(layout.digests)
+    leaves = [_chunks(layout, start, start + LEAF_CHUNKS) for start in range(0, count, LEAF_CHUNKS)]
     node = {"v": FORMAT_VERSION, "size": layout.size, "chunking": layout.chunking.to_value()}
     return _put(node | _tree("chunks", leaves, blocks), blocks)
 
 
-def _pairs(layout: Layout) -> list[Any]:
-    return [[CID(Codec.RAW, digest), size] for digest, size in zip(layout.digests, layout.sizes, strict=True)]
+def _chunks(layout: Layout, start: int, end: int) -> ChunkList:
+    return ChunkList(layout.digests[start:end], layout.sizes[start:end])
 
 
 def _put(value: Any, blocks: dict[CID, bytes]) -> CID:
@@ -233,7 +242,7 @@ def _object_value(obj: ImageObject, blocks: dict[CID, bytes]) -> dict[str, Any]:
         value["ca"] = obj.ca
     layout = obj.layout
     if len(layout.digests) <= INLINE_CHUNKS:
-        value["layout"] = {"chunking": layout.chunking.to_value(), "chunks": _pairs(layout)}
+        value["layout"] = {"chunking": layout.chunking.to_value(), "chunks": _chunks(layout, 0, INLINE_CHUNKS)}
     else:
         value["layout"] = _put_layout(layout, blocks)
     return value
@@ -252,7 +261,7 @@ def _leaves_by_bytes(values: Sequence[Any]) -> Iterator[list[Any]]:
     yield leaf
 
 
-def _tree(name: str, leaves: list[list[Any]], blocks: dict[CID, bytes]) -> dict[str, Any]:
+def _tree(name: str, leaves: Sequence[list[Any] | ChunkList], blocks: dict[CID, bytes]) -> dict[str, Any]:
     """`{name: items}` if one leaf holds them all, else `{"tree": [[link, items below], ...]}` over a balanced tree."""
     if len(leaves) <= 1:
         return {name: leaves[0] if leaves else []}
@@ -401,23 +410,26 @@ class ImageAssembler:
         _check_attributes(top["attrs"], len(objects))
         kind = Kind(top["kind"])
         # One content, one id: what decodes must be what we would have encoded.
-        again = encode_image(kind, top["attrs"], objects)
+        again = _encode(kind, top["attrs"], objects)
         if again.id != self.root:
             raise ManifestError("a manifest that is not in its canonical form")
         return Image(self.root, kind, top["attrs"], objects, tuple(again.blocks))
 
     def _objects(self, top: dict[str, Any]) -> Iterator[ImageObject]:
         before = ""
-        for value in self._items(top, "objects", MAX_OBJECTS):
-            obj = self._object(value)
-            # Checked here already: a tree may link one big leaf a thousand times, and would unfold it each time.
-            if obj.path <= before:
-                raise ManifestError("objects are not in order of their paths, or one path is there twice")
-            before = obj.path
-            yield obj
+        for leaf in self._leaves(top, "objects", list, MAX_OBJECTS):
+            for value in leaf:
+                obj = self._object(value)
+                # Checked here already: a tree may link one big leaf a thousand times, and would unfold it each time.
+                if obj.path <= before:
+                    raise ManifestError("objects are not in order of their paths, or one path is there twice")
+                before = obj.path
+                yield obj
 
-    def _items(self, node: dict[str, Any], name: str, limit: int) -> Iterator[Any]:
-        """The items below `node`, in order. Iterative: the stack holds (block value, items it must have, depth)."""
+    def _leaves(self, node: dict[str, Any], name: str, kind: type[Leaf], limit: int) -> Iterator[Leaf]:
+        """The lists of items below `node`, in order, none of them empty.
+
+        Iterative: the stack holds (block value, items it must have, depth)."""
         stack: list[tuple[Any, int | None, int]] = [(node, None, 0)]
         total = 0
         while stack:
@@ -428,12 +440,16 @@ class ImageAssembler:
                 raise ManifestError(f"a list node needs either {name!r} or 'tree'")
             if name in value:
                 items = value[name]
-                if not isinstance(items, list) or (promised is not None and len(items) != promised):
+                if promised is None and isinstance(items, list) and not items:
+                    continue
+                if not isinstance(items, kind):
+                    raise ManifestError(f"a list of {name} that holds something else")
+                if promised is not None and len(items) != promised:
                     raise ManifestError("a list leaf does not have as many items as its parent promised")
                 total += len(items)
                 if total > limit:
                     raise ManifestError(f"a list of more than {limit} items")
-                yield from items
+                yield items
                 continue
             if depth >= MAX_TREE_DEPTH:
                 raise ManifestError("a list tree that is too deep")
@@ -476,13 +492,10 @@ class ImageAssembler:
             node = _fields(value, {"chunking", "chunks"})
         digests: list[bytes] = []
         sizes: list[int] = []
-        for pair in self._items(node, "chunks", MAX_CHUNKS):
-            match pair:
-                case [CID(codec=Codec.RAW, digest=digest), size]:
-                    digests.append(digest)
-                    sizes.append(_count(size, MAX_CHUNK))
-                case _:
-                    raise ManifestError("a chunk that is not a raw link and a size")
+        for leaf in self._leaves(node, "chunks", ChunkList, MAX_CHUNKS):
+            _count(max(leaf.sizes), MAX_CHUNK)
+            digests += leaf.digests
+            sizes += leaf.sizes
         # Many objects may link to one huge layout: count before the next one is unfolded.
         self._unfolded += len(digests)
         if self._unfolded > MAX_CHUNKS:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+import cbor2
 import httpx
 import pytest
 import trio
@@ -13,7 +14,6 @@ from p2pnode.errors import DiskFull
 from p2pnode.nix.narinfo import parse
 from p2pnode.store import Store
 from p2pnode.swarm.exchange import manifest_id
-from protocols import dagcbor
 from protocols.cid import CID, Codec
 from protocols.exchange.messages import Payload
 from tests.gateway.nodes import Node, Path_, World
@@ -31,11 +31,11 @@ def walk(store: Store, cid: CID) -> Iterator[bytes]:
         return
     block = store.block(cid)
     assert block is not None and cid.matches(block)
-    stack: list[Any] = [dagcbor.decode(block)]
+    stack: list[Any] = [cbor2.loads(block)]
     while stack:
         match stack.pop():
-            case CID() as link:
-                yield from walk(store, link)
+            case cbor2.CBORTag(tag=42, value=link):
+                yield from walk(store, CID.from_bytes(link[1:]))
             case list() as items:
                 stack.extend(reversed(items))
             case dict() as fields:
