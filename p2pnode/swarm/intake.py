@@ -15,7 +15,6 @@ from typing import Protocol
 import trio
 import zstandard
 
-from p2pnode.errors import NodeError
 from protocols.exchange import messages as m
 
 CALL_BYTES = 8 << 20  # of blocks; a whole read of one peer (`session.READ_SIZE`) is never divided
@@ -34,7 +33,7 @@ class Sink(Protocol):
 class _Batch:
     blocks: Sequence[m.Block]
     verdicts: list[bool] | None = None
-    error: NodeError | None = None
+    error: Exception | None = None
 
 
 class Intake:
@@ -60,7 +59,7 @@ class Intake:
             batch.blocks = ()
         if batch.error is not None:
             raise batch.error
-        assert batch.verdicts is not None, "a bug in the sink, which another session met"
+        assert batch.verdicts is not None
         return batch.verdicts
 
     def _take(self) -> None:
@@ -72,7 +71,7 @@ class Intake:
             size += sum(len(piece) for block in batches[-1][1] for piece in block.payload)  # not what it says it has
         try:
             verdicts = iter(self._hand_over([block for _, blocks in batches for block in blocks]))
-        except NodeError as error:  # news for everybody whose blocks these are
+        except Exception as error:  # noqa: BLE001 (a bug, too, is raised again by everybody whose blocks these are)
             for batch, _ in batches:
                 batch.error = error
         else:

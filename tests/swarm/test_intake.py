@@ -29,7 +29,7 @@ def packed(key: bytes, payload: bytes) -> m.Block:
 class GatedSink:
     """Notes the calls; the first waits until it may go on. Blocks whose plain bytes are BAD, or none, are refused."""
 
-    def __init__(self, error: NodeError | None = None) -> None:
+    def __init__(self, error: Exception | None = None) -> None:
         self.calls: list[list[bytes]] = []
         self.entered = threading.Event()
         self.go = threading.Event()
@@ -50,7 +50,7 @@ class GatedSink:
             self._inside -= 1
 
 
-Told = list[bool] | NodeError | None
+Told = list[bool] | Exception | None
 
 
 async def bring(nursery: trio.Nursery, intake: Intake, sink: GatedSink, *sent: Sequence[m.Block]) -> list[Told]:
@@ -61,7 +61,7 @@ async def bring(nursery: trio.Nursery, intake: Intake, sink: GatedSink, *sent: S
     async def session(number: int, blocks: Sequence[m.Block]) -> None:
         try:
             told[number] = await intake.accept(blocks)
-        except NodeError as error:
+        except (NodeError, ArithmeticError) as error:
             told[number] = error
 
     for number, blocks in enumerate(sent):
@@ -94,13 +94,13 @@ async def test_packed_blocks_are_unpacked_one_by_one_and_each_gets_its_own_verdi
     assert sink.calls == [[b"1", b"3"], [b"2"], [b"4"], [b"5"]]
 
 
-async def test_an_error_reaches_all_whose_blocks_were_in_the_call() -> None:
-    full = DiskFull("the disk is full")
-    sink = GatedSink(full)
+@pytest.mark.parametrize("error", [DiskFull("the disk is full"), ZeroDivisionError("a bug")])
+async def test_an_error_reaches_all_whose_blocks_were_in_the_call(error: Exception) -> None:
+    sink = GatedSink(error)
     async with trio.open_nursery() as nursery:
         told = await bring(nursery, Intake(sink, {}), sink, [raw(b"a")], [raw(b"b")], [raw(b"c")])
         sink.go.set()
-    assert told == [[True], full, full]
+    assert told == [[True], error, error]
 
 
 async def test_a_cancelled_session_leaves_nothing_and_holds_nobody_up() -> None:
