@@ -37,10 +37,14 @@ class Connections:
         """The live connections to `peer`, direct ones first, and the latest first among them: when a peer comes back
         from another address, its old connection looks alive for as long as nobody misses an answer on it."""
         since = self._since.get(peer, {})
-        return sorted((conn for conn in since if not conn.is_closed), key=lambda conn: (is_relayed(conn), -since[conn]))
+        return sorted(filter(_is_live, since), key=lambda conn: (is_relayed(conn), -since[conn]))
+
+    def known(self, peer: str) -> list[Any]:
+        """All connections to `peer`, those too on which nothing new can begin."""
+        return list(self._since.get(peer, {}))
 
     def every(self) -> list[Any]:
-        return [conn for conns in self._since.values() for conn in conns if not conn.is_closed]
+        return [conn for conns in self._since.values() for conn in conns if _is_live(conn)]
 
     def live(self, peer: str) -> bool:
         return bool(self.of(peer))
@@ -97,6 +101,14 @@ class Notifee:
     async def listen(self, network: Any, addr: Any) -> None: ...
 
     async def listen_close(self, network: Any, addr: Any) -> None: ...
+
+
+def _is_live(conn: Any) -> bool:
+    """Whether streams can be opened on it.
+
+    The library learns of its end some turns later, and until then it would stand in the way of another one; so it would
+    while old streams go on after the peer has said that it takes no new ones."""
+    return not conn.is_closed and not conn.muxed_conn.is_exhausted
 
 
 def _describe(peer: str, conn: Any, since: float) -> Connection:

@@ -168,6 +168,7 @@ class Network:
 
         Callers who want the same peer at the same time share one dial; it ends when the last of them is cancelled.
         """
+        await trio.lowlevel.checkpoint()  # what fails at once must not be tried again before anything else happens
         await self.connector.connect(peer, addrs)
 
     async def connect_addr(self, addr: str) -> str:
@@ -175,6 +176,7 @@ class Network:
 
         For bootstrap addresses: with /p2p/<id> in it the id must match. Raises `UsageError`, `PeerUnreachable`.
         """
+        await trio.lowlevel.checkpoint()
         return await self.connector.connect_addr(addr)
 
     async def open_stream(self, peer: str, protocol: str) -> Stream:
@@ -187,6 +189,7 @@ class Network:
 
     async def open_relayed(self, peer: str, protocol: str) -> Stream:
         """A new stream over a relayed connection to `peer`; for what is about to make a direct one."""
+        await trio.lowlevel.checkpoint()
         return await self._open_on(self.connections_book.relayed(peer), peer, protocol)
 
     async def _open_on(self, conns: Sequence[Any], peer: str, protocol: str) -> Stream:
@@ -269,7 +272,7 @@ class Network:
     async def disconnect(self, peer: str) -> None:
         """Close every connection to `peer`. Bounded in time, also when the peer no longer answers."""
         async with trio.open_nursery() as nursery:
-            for conn in self.connections_book.of(peer):
+            for conn in self.connections_book.known(peer):
                 nursery.start_soon(conn.close)
 
     async def _serve(self, listeners: Sequence[Address]) -> None:

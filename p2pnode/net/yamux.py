@@ -247,8 +247,13 @@ class Yamux(IMuxedConn):  # type: ignore[misc]
         return self._initiator
 
     @property
+    def is_exhausted(self) -> bool:
+        """Whether no stream can ever be opened here again, though old ones may go on."""
+        return self.session.exhausted
+
+    @property
     def is_established(self) -> bool:
-        return self.event_started.is_set() and not self.session.exhausted
+        return self.event_started.is_set() and not self.is_exhausted
 
     @property
     def is_closed(self) -> bool:

@@ -11,9 +11,11 @@ import subprocess
 import sys
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from functools import partial
 
 import pytest
 import trio
+import trio.testing
 from libp2p.network.exceptions import SwarmException
 from libp2p.peer.id import ID
 from libp2p.peer.peerinfo import PeerInfo
@@ -25,6 +27,7 @@ from p2pnode.net.hardening import HANDSHAKE_TIMEOUT, MAX_INBOUND
 from p2pnode.net.identity import Identity
 from p2pnode.net.network import Network
 from p2pnode.net.transport import Stream, receive_exactly
+from protocols.yamux import frames as yamux
 from tests.net.circuits import AGENT, ECHO, echo
 
 DEAD = "/ip4/127.0.0.1/tcp/1"  # refuses
@@ -421,6 +424,37 @@ async def test_a_killed_peer_is_noticed_at_once() -> None:
                     await a.open_stream(peer, "/test/hold/1")
         finally:
             child.kill()
+
+
+async def test_a_stream_is_opened_on_a_new_connection_as_soon_as_the_old_one_has_ended() -> None:
+    async with node() as a, node() as b:
+        await a.connect(b.peer_id, b.addrs())
+        (conn,) = a.connections_book.of(b.peer_id)
+        conn.muxed_conn._lost("a test cut it")  # what the reader does; the library hears of it some turns later
+        assert not conn.is_closed and not a.connections_book.live(b.peer_id)
+        await ping(a, b)
+
+
+async def test_a_stream_is_opened_on_a_new_connection_when_the_peer_takes_no_new_ones_on_the_old() -> None:
+    async with node() as a, node() as b:
+        await a.connect(b.peer_id, b.addrs())
+        old = await a.open_stream(b.peer_id, ECHO)
+        (conn,) = a.connections_book.of(b.peer_id)
+        conn.muxed_conn._dispatch(conn.muxed_conn.session.receive(yamux.control(yamux.TYPE_GO_AWAY, 0, 0, 0), 0.0))
+        await ping(a, b)
+        await old.send_all(b"still")
+        assert await receive_exactly(old, 5) == b"still" and not conn.is_closed
+        await a.disconnect(b.peer_id)
+        assert conn.is_closed
+
+
+async def test_what_fails_at_once_lets_others_run() -> None:
+    async with node() as a:
+        for call in (a.connect, a.connect_addr, partial(a.open_stream, protocol=ECHO)):
+            with trio.testing.assert_checkpoints(), pytest.raises((PeerUnreachable, UsageError)):
+                await call("nobody")
+        with trio.testing.assert_checkpoints(), pytest.raises(StreamClosed):
+            await a.open_relayed(Identity.generate().peer_id, ECHO)
 
 
 async def test_a_frozen_peer_holds_up_neither_streams_nor_closing(monkeypatch: pytest.MonkeyPatch) -> None:
