@@ -38,7 +38,8 @@ class ChrootStore:
         base.mkdir(exist_ok=True)
         self.base = base
         self.root = base / "root"
-        (base / "nix.conf").write_text("".join(f"{line}\n" for line in settings))
+        # Nothing is built here; but as root Nix wants its builders' group, which Debian has in a package of its own.
+        (base / "nix.conf").write_text("".join(f"{line}\n" for line in ("build-users-group =", *settings)))
         inherited = {key: value for key, value in os.environ.items() if not key.startswith(("NIX_", "XDG_"))}
         self.environ = inherited | {"HOME": str(base), "NIX_CONF_DIR": str(base), "NIX_USER_CONF_FILES": ""}
 
