@@ -96,7 +96,8 @@ def _item(data: bytes, at: int, depth: int) -> tuple[Any, int]:
     if major == 4:
         if argument > len(data) - at:
             raise DecodeError("CBOR list longer than its block")
-        if (chunks := chunk_list.scan(data, at, argument)) is not None:
+        # The pairs and the links in them are two levels more, and these are not looked at one by one.
+        if depth + 2 < MAX_DEPTH and (chunks := chunk_list.scan(data, at, argument)) is not None:
             return chunks
         items = []
         for _ in range(argument):

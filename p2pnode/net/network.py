@@ -367,7 +367,7 @@ class Network:
             await self.connect(str(peer_id))
         except NodeError as exc:
             raise SwarmException(str(exc)) from exc
-        return [conn for conn in self._swarm.get_connections(peer_id) if not conn.is_closed]
+        return self.connections_book.of(str(peer_id))
 
 
 def _unwrap(error: BaseException) -> BaseException:

@@ -61,6 +61,16 @@ def test_pairs_behind_the_end_of_a_list_do_not_belong_to_it() -> None:
     assert again == [ChunkList((LINK.digest,) * 2, (300, 300)), ChunkList((LINK.digest,), (300,)), PAIR, PAIR, {}]
 
 
+@pytest.mark.parametrize("value", [[PAIR], [LINK]])
+def test_it_may_stand_as_deep_as_any_other_list_of_links(value: Any) -> None:
+    depth = 1 + (value == [PAIR])  # of lists, down to the one with the link
+    for _ in range(dagcbor.MAX_DEPTH - 1 - depth):
+        value = [value]
+    dagcbor.decode(dagcbor.encode(value))
+    with pytest.raises(DecodeError, match="deeper"):
+        dagcbor.decode(dagcbor.encode([value]))
+
+
 @pytest.mark.parametrize("head", ["1817", "190017", "1900ff", "1a0000ffff", "1b000000000000012c"])
 def test_sizes_in_a_longer_form_are_refused(head: str) -> None:
     good = dagcbor.encode([PAIR, PAIR])
